@@ -1,0 +1,1 @@
+"""Path kernels for PyTorch Lightning."""

@@ -1,0 +1,18 @@
+"""Per-example gradients from the user's own backward pass."""
+
+from lightning_pathkernel.capture.gradients import PerExampleGradient, matrix_shape
+from lightning_pathkernel.capture.hooks import GradientCapture
+from lightning_pathkernel.capture.plan import CaptureError, CapturePlan, plan_capture
+from lightning_pathkernel.capture.rules import LayerCall, layer_rules, register_layer_rule
+
+__all__ = [
+    "CaptureError",
+    "CapturePlan",
+    "GradientCapture",
+    "LayerCall",
+    "PerExampleGradient",
+    "layer_rules",
+    "matrix_shape",
+    "plan_capture",
+    "register_layer_rule",
+]

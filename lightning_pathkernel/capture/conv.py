@@ -1,0 +1,50 @@
+"""Rule for convolutions in one, two and three dimensions."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from lightning_pathkernel.capture.gradients import (
+    ConvGradient,
+    DenseGradient,
+    PerExampleGradient,
+    grouped_conv_gradient,
+    pad_inputs,
+    vector_gradient,
+)
+from lightning_pathkernel.capture.rules import LayerCall, register_layer_rule
+from lightning_pathkernel.capture.windows import ConvGeometry
+
+__all__ = ["conv_rule"]
+
+
+def _padded(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
+    """The inputs as the layer pads them: `padding` may be a number per side, 'same' or 'valid'."""
+    return pad_inputs(inputs, list(layer._reversed_padding_repeated_twice), layer.padding_mode)
+
+
+@register_layer_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def conv_rule(layer: nn.Module, call: LayerCall) -> dict[str, PerExampleGradient]:
+    """Per-example gradients of a convolution, ``G_n = sum_s g_s window_s^T``, eq. (5) of docs/theory.md.
+
+    Args:
+        layer: The layer, with any stride, padding, padding mode, dilation and number of groups.
+        call: Inputs ``[n, c_in, *]`` and output gradients ``[n, c_out, *]``.
+
+    Returns:
+        Gradients of ``weight [c_out, c_in / groups * window]`` and, where there is one, of ``bias [c_out]``.
+    """
+    conv = cast(nn.Conv2d, layer)
+    inputs = _padded(conv, call.input)
+    grads = call.grad_output
+    geometry = ConvGeometry(conv.kernel_size, conv.stride, conv.dilation, tuple(grads.shape[2:]))
+    out: dict[str, PerExampleGradient] = {}
+    if conv.groups == 1:
+        out["weight"] = ConvGradient(inputs, grads, geometry)
+    else:
+        out["weight"] = DenseGradient(grouped_conv_gradient(inputs, grads, geometry, conv.groups))
+    if conv.bias is not None:
+        out["bias"] = vector_gradient(grads.flatten(2).sum(2))
+    return out

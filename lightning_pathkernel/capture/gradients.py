@@ -1,0 +1,252 @@
+"""Per-example gradients in the form in which a layer yields them.
+
+Every parameter is read as a matrix ``[r, c]``: ``r`` is its first dimension, ``c`` the product of the others
+(1 for a vector). A `PerExampleGradient` stands for ``n`` such matrices, one per example of the batch, without
+forming them. It can be contracted with two thin factors, formed whole, or summed over the examples.
+
+Index letters: n example, s shared position, r parameter row, c parameter column, k kept rows of a factor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from lightning_pathkernel.capture.windows import ConvGeometry
+
+__all__ = [
+    "ConvGradient",
+    "DenseGradient",
+    "FactoredGradient",
+    "IndexedGradient",
+    "PerExampleGradient",
+    "matrix_shape",
+]
+
+
+def matrix_shape(shape: torch.Size) -> tuple[int, int]:
+    """The ``(r, c)`` under which a parameter of this shape is sketched; a scalar is ``(1, 1)``."""
+    rows = int(shape[0]) if len(shape) else 1
+    return rows, int(shape.numel()) // max(rows, 1)
+
+
+class PerExampleGradient(Protocol):
+    """``n`` per-example gradients ``G_n [r, c]`` of one parameter, scaled as the backward pass left them."""
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        ...
+
+    def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """``left @ G_n @ right.T``, shape ``[n, k_left, k_right]``; ``None`` stands for the identity."""
+        ...
+
+    def dense(self) -> Tensor:
+        """The gradients themselves, ``[n, r, c]``."""
+        ...
+
+    def total(self) -> Tensor:
+        """Their sum over the examples, ``[r, c]``."""
+        ...
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Samples ``X`` with ``X.T @ X = sum_n G G.T`` (``[*, r]``) and ``sum_n G.T G`` (``[*, c]``)."""
+        ...
+
+    def head(self, count: int) -> PerExampleGradient:
+        """The first ``count`` examples."""
+        ...
+
+
+def _thin(x: Tensor, factor: Tensor | None) -> Tensor:
+    return x if factor is None else x @ factor.T
+
+
+def _dense_moments(gradients: Tensor) -> tuple[Tensor, Tensor]:
+    rows = gradients.transpose(1, 2).reshape(-1, gradients.shape[1])
+    return rows, gradients.reshape(-1, gradients.shape[2])
+
+
+@dataclass(frozen=True)
+class DenseGradient:
+    """Gradients formed whole: ``gradients [n, r, c]``."""
+
+    gradients: Tensor
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return int(self.gradients.shape[0])
+
+    def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """``left @ G_n @ right.T``, ``[n, k_left, k_right]``."""
+        out = self.gradients if right is None else self.gradients @ right.T
+        return out if left is None else left @ out
+
+    def dense(self) -> Tensor:
+        """``[n, r, c]``."""
+        return self.gradients
+
+    def total(self) -> Tensor:
+        """``[r, c]``."""
+        return self.gradients.sum(0)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Row samples ``[n * c, r]`` and column samples ``[n * r, c]``."""
+        return _dense_moments(self.gradients)
+
+    def head(self, count: int) -> DenseGradient:
+        """The first ``count`` examples."""
+        return DenseGradient(self.gradients[:count])
+
+
+@dataclass(frozen=True)
+class FactoredGradient:
+    """``G_n = sum_s left_s right_s^T`` with ``left [n, s, r]`` and ``right [n, s, c]``."""
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return int(self.left.shape[0])
+
+    def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """Two thin products and a sum over positions, ``[n, k_left, k_right]``."""
+        rows, columns = _thin(self.left, left), _thin(self.right, right)
+        if rows.shape[1] == 1:
+            return rows.transpose(1, 2) * columns
+        return rows.transpose(1, 2) @ columns
+
+    def dense(self) -> Tensor:
+        """``[n, r, c]``."""
+        return self.project(None, None)
+
+    def total(self) -> Tensor:
+        """``[r, c]``, without forming the gradients."""
+        return self.left.flatten(0, 1).T @ self.right.flatten(0, 1)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """One sample per example when there is one position; otherwise those of the formed gradients."""
+        if self.left.shape[1] > 1:
+            return _dense_moments(self.dense())
+        left, right = self.left[:, 0], self.right[:, 0]
+        return left * right.norm(dim=1, keepdim=True), right * left.norm(dim=1, keepdim=True)
+
+    def head(self, count: int) -> FactoredGradient:
+        """The first ``count`` examples."""
+        return FactoredGradient(self.left[:count], self.right[:count])
+
+
+@dataclass(frozen=True)
+class IndexedGradient:
+    """An embedding's gradient: ``G_n = sum_s e_{index_s} right_s^T``, ``indices [n, s]``, ``right [n, s, c]``."""
+
+    indices: Tensor
+    right: Tensor
+    rows: int
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return int(self.indices.shape[0])
+
+    def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """A row look-up in place of the left product, ``[n, k_left, k_right]``."""
+        columns = _thin(self.right, right)
+        if left is None:
+            out = columns.new_zeros(self.n, self.rows, columns.shape[2])
+            return out.scatter_add_(1, self.indices.unsqueeze(2).expand_as(columns), columns)
+        return left.T[self.indices].transpose(1, 2) @ columns
+
+    def dense(self) -> Tensor:
+        """``[n, r, c]``."""
+        return self.project(None, None)
+
+    def total(self) -> Tensor:
+        """``[r, c]``."""
+        out = self.right.new_zeros(self.rows, self.right.shape[2])
+        return out.index_add_(0, self.indices.flatten(), self.right.flatten(0, 1))
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Samples of the formed gradients."""
+        return _dense_moments(self.dense())
+
+    def head(self, count: int) -> IndexedGradient:
+        """The first ``count`` examples."""
+        return IndexedGradient(self.indices[:count], self.right[:count], self.rows)
+
+
+@dataclass(frozen=True)
+class ConvGradient:
+    """Gradient of an ungrouped convolution's weight: ``inputs [n, c_in, *]`` (padded), ``right`` a convolution.
+
+    The column factor acts as a convolution with ``k`` output channels, so no window is ever unfolded.
+    """
+
+    inputs: Tensor
+    grad_outputs: Tensor
+    geometry: ConvGeometry
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return int(self.inputs.shape[0])
+
+    def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """A thin convolution of the inputs against thin output gradients, ``[n, k_left, k_right]``."""
+        grads = self.grad_outputs.flatten(2)
+        rows = grads if left is None else left @ grads
+        if right is None:
+            columns = self.geometry.unfold(self.inputs)
+        else:
+            columns = self.geometry.convolve(self.inputs, right).flatten(2)
+        return rows @ columns.transpose(1, 2)
+
+    def dense(self) -> Tensor:
+        """``[n, r, c]``."""
+        return self.project(None, None)
+
+    def total(self) -> Tensor:
+        """``[r, c]``."""
+        return self.dense().sum(0)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Samples of the formed gradients: a convolution has few weights."""
+        return _dense_moments(self.dense())
+
+    def head(self, count: int) -> ConvGradient:
+        """The first ``count`` examples."""
+        return ConvGradient(self.inputs[:count], self.grad_outputs[:count], self.geometry)
+
+
+def grouped_conv_gradient(inputs: Tensor, grad_outputs: Tensor, geometry: ConvGeometry, groups: int) -> Tensor:
+    """Per-example weight gradients of a grouped convolution, ``[n, c_out, c_in / groups * window]``."""
+    n, c_out = grad_outputs.shape[:2]
+    windows = geometry.unfold(inputs)
+    windows = windows.reshape(n, groups, windows.shape[1] // groups, -1)
+    grads = grad_outputs.flatten(2).reshape(n, groups, c_out // groups, -1)
+    return (grads @ windows.transpose(2, 3)).reshape(n, c_out, -1)
+
+
+def vector_gradient(per_example: Tensor) -> DenseGradient:
+    """Gradients of a vector parameter, ``per_example [n, r]``, as a matrix with one column."""
+    return DenseGradient(per_example.unsqueeze(2))
+
+
+def zero_where(mask: Tensor, values: Tensor) -> Tensor:
+    """``values [n, s, c]`` with the positions of ``mask [n, s]`` set to zero."""
+    return values.masked_fill(mask.unsqueeze(-1), 0.0)
+
+
+def pad_inputs(inputs: Tensor, padding: list[int], mode: str) -> Tensor:
+    """Pad as the convolution itself would; ``padding`` in `torch.nn.functional.pad`'s order."""
+    if not any(padding):
+        return inputs
+    return F.pad(inputs, padding, mode="constant" if mode == "zeros" else mode)

@@ -1,0 +1,192 @@
+"""Forward hook plus tensor hook: per-example gradients out of the user's own backward pass.
+
+A forward hook notes each call of an owned layer; a hook on the call's output receives the gradient and hands the
+layer's rule both. Unlike full backward hooks this leaves the graph as it was, and in-place activations work. A
+parameter whose own module is not called with the batch (positions shared by all examples, a bare `nn.Parameter`)
+is taken care of by the nearest enclosing module that is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
+
+from lightning_pathkernel.capture.fallback import batch_dimension, fallback_gradients
+from lightning_pathkernel.capture.gradients import PerExampleGradient
+from lightning_pathkernel.capture.plan import CaptureError, CapturePlan, OwnedLayer
+from lightning_pathkernel.capture.rules import LayerCall
+
+__all__ = ["GradientCapture", "GradientSink"]
+
+GradientSink = Callable[[str, PerExampleGradient], None]
+"""``sink(parameter, gradient)``: called once for each use of a parameter in the backward pass."""
+
+
+def _detached(value: object) -> object:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+class GradientCapture:
+    """Hooks on every owned layer of a model, active between `begin` and `end`.
+
+    Attributes:
+        seconds: Time spent in the hooks since the last reset, wall clock.
+    """
+
+    def __init__(self, model: nn.Module, plan: CapturePlan) -> None:
+        self._model = model
+        self._owners = {id(layer.module): layer for layer in plan.layers}
+        self._parents = _parents(model)
+        self._pending: dict[int, dict[str, str]] = {}
+        self._handles: list[RemovableHandle] = []
+        self._sink: GradientSink | None = None
+        self._n = 0
+        self.seconds = 0.0
+
+    def attach(self) -> GradientCapture:
+        """Install the hooks.
+
+        Returns:
+            This object.
+        """
+        for module in self._model.modules():
+            if id(module) in self._owners or next(module.children(), None) is not None:
+                self._handles.append(module.register_forward_hook(self._after_forward, with_kwargs=True))
+        return self
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        self.end()
+        while self._handles:
+            self._handles.pop().remove()
+
+    def begin(self, n: int, sink: GradientSink) -> None:
+        """Send the per-example gradients of coming backward passes to ``sink``.
+
+        Args:
+            n: Number of examples in the batch.
+            sink: Receives every gradient.
+        """
+        self._n, self._sink = n, sink
+        self._pending.clear()
+
+    def end(self) -> None:
+        """Stop sending."""
+        self._sink = None
+        self._pending.clear()
+
+    def check(self) -> None:
+        """Raise what a hook found wrong; hooks cannot raise through the user's code without harm.
+
+        Raises:
+            CaptureError: If a parameter's gradient could not be split among the examples.
+        """
+        if self._pending:
+            names = sorted(name for owned in self._pending.values() for name in owned.values())
+            raise CaptureError(_unbatched(names, self._n))
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """The fallback runs a layer's forward pass again: that one is not to be noted."""
+        sink, self._sink = self._sink, None
+        try:
+            yield
+        finally:
+            self._sink = sink
+
+    def _after_forward(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
+    ) -> None:
+        sink = self._sink
+        if sink is None or not torch.is_grad_enabled():
+            return
+        start = time.perf_counter()
+        owner = self._owners.get(id(module))
+        pending = self._pending.pop(id(module), {})
+        if owner is not None and (owner.rule is None or not self._batched(module, args, kwargs, output)):
+            pending = {**pending, **owner.parameters}
+            owner = None
+        if owner is not None:
+            self._watch(owner, args, kwargs, output, sink)
+        if pending:
+            self._watch_pending(module, pending, args, kwargs, output, sink)
+        self.seconds += time.perf_counter() - start
+
+    def _watch_pending(
+        self,
+        module: nn.Module,
+        pending: Mapping[str, str],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        output: object,
+        sink: GradientSink,
+    ) -> None:
+        """Take the module's own VJP for parameters that no rule answers for, or pass them on to its parent."""
+        if self._batched(module, args, kwargs, output):
+            self._watch(OwnedLayer("", module, None, pending), args, kwargs, output, sink)
+            return
+        parent = self._parents.get(id(module))
+        if parent is None:
+            raise CaptureError(_unbatched(sorted(pending.values()), self._n))
+        prefix, above = parent
+        lifted = self._pending.setdefault(id(above), {})
+        lifted.update({f"{prefix}.{name}": canonical for name, canonical in pending.items()})
+
+    def _batched(self, module: nn.Module, args: tuple[object, ...], kwargs: object, output: object) -> bool:
+        dim = batch_dimension(module)
+        inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        outputs = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+
+        def fits(values: list[Tensor]) -> bool:
+            return bool(values) and values[0].dim() > dim and values[0].shape[dim] == self._n
+
+        return fits(inputs) and fits(outputs)
+
+    def _watch(
+        self,
+        owner: OwnedLayer,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        output: object,
+        sink: GradientSink,
+    ) -> None:
+        tensors = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+        training, n = owner.module.training, self._n
+        args, kwargs = pytree.tree_map(_detached, (args, kwargs))
+        for index, tensor in enumerate(tensors):
+            if not tensor.requires_grad:
+                continue
+
+            def on_gradient(grad: Tensor, index: int = index, shape: Tensor = tensor.detach()) -> None:
+                start = time.perf_counter()
+                with torch.no_grad(), self._paused():
+                    call = LayerCall(args, kwargs, shape, index, grad.detach(), training, n)
+                    for name, gradient in _gradients(owner, call).items():
+                        sink(owner.parameters[name], gradient)
+                self.seconds += time.perf_counter() - start
+
+            tensor.register_hook(on_gradient)
+
+
+def _gradients(owner: OwnedLayer, call: LayerCall) -> dict[str, PerExampleGradient]:
+    if owner.rule is None:
+        return fallback_gradients(owner.module, call, list(owner.parameters))
+    return {name: g for name, g in owner.rule(owner.module, call).items() if name in owner.parameters}
+
+
+def _parents(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
+    return {id(child): (name, parent) for parent in model.modules() for name, child in parent.named_children()}
+
+
+def _unbatched(names: list[str], n: int) -> str:
+    return (
+        f"The gradient of {', '.join(map(repr, names))} cannot be split among the {n} examples of the batch: no module "
+        "that uses it was called with the batch in its first dimension. Call the layer on one row per example, or "
+        "own the parameter in a module whose forward takes the batch."
+    )

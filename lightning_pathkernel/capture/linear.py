@@ -1,0 +1,31 @@
+"""Rule for `torch.nn.Linear`."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_pathkernel.capture.gradients import FactoredGradient, PerExampleGradient, vector_gradient
+from lightning_pathkernel.capture.rules import LayerCall, register_layer_rule
+
+__all__ = ["linear_rule"]
+
+
+@register_layer_rule(nn.Linear)
+def linear_rule(layer: nn.Module, call: LayerCall) -> dict[str, PerExampleGradient]:
+    """Per-example gradients of a linear layer, ``G_n = sum_s g_s a_s^T``, eq. (5) of docs/theory.md.
+
+    n: example, s: every position shared between the first and the last dimension.
+
+    Args:
+        layer: The layer.
+        call: Inputs ``[n, *s, i]`` and output gradients ``[n, *s, o]``.
+
+    Returns:
+        Gradients of ``weight [o, i]`` and, where there is one, of ``bias [o]``.
+    """
+    grads = call.grad_output.reshape(call.n, -1, call.grad_output.shape[-1])
+    inputs = call.input.reshape(call.n, -1, call.input.shape[-1])
+    out: dict[str, PerExampleGradient] = {"weight": FactoredGradient(grads, inputs)}
+    if layer.bias is not None:
+        out["bias"] = vector_gradient(grads.sum(1))
+    return out

@@ -1,0 +1,81 @@
+"""The registry of layer rules: which layer's per-example gradients are known, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from lightning_pathkernel.capture.gradients import PerExampleGradient
+
+__all__ = ["LayerCall", "LayerRule", "layer_rules", "register_layer_rule"]
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer in the forward pass, as seen when its output's gradient arrived.
+
+    Attributes:
+        args: Positional arguments of the call, detached.
+        kwargs: Keyword arguments of the call, detached.
+        output: The output, detached; one tensor of it when there are several.
+        output_index: Which tensor of the flattened output ``grad_output`` belongs to.
+        grad_output: Gradient of the loss with respect to that tensor, scaled as the backward pass left it.
+        training: Whether the layer was in training mode during the call.
+        n: Number of examples in the batch.
+    """
+
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
+    output: Tensor
+    output_index: int
+    grad_output: Tensor
+    training: bool
+    n: int
+
+    @property
+    def input(self) -> Tensor:
+        """The first tensor among the arguments."""
+        for value in (*self.args, *self.kwargs.values()):
+            if isinstance(value, Tensor):
+                return value
+        raise TypeError("the layer was called without a tensor")
+
+
+LayerRule = Callable[[nn.Module, LayerCall], Mapping[str, PerExampleGradient]]
+"""``rule(layer, call)`` -> parameter name within the layer -> its per-example gradients, eq. (5)."""
+
+RuleT = TypeVar("RuleT", bound=LayerRule)
+_RULES: dict[type[nn.Module], LayerRule] = {}
+
+
+def register_layer_rule(*layer_types: type[nn.Module], replace: bool = False) -> Callable[[RuleT], RuleT]:
+    """Register a rule for layers of exactly these types; a subclass takes the fallback.
+
+    Args:
+        *layer_types: The types whose rule this is.
+        replace: Allow a rule that is already there to be replaced.
+
+    Returns:
+        The decorator.
+
+    Raises:
+        ValueError: If a type has a rule already and ``replace`` is false.
+    """
+
+    def decorate(rule: RuleT) -> RuleT:
+        taken = [t.__name__ for t in layer_types if t in _RULES]
+        if taken and not replace:
+            raise ValueError(f"layer rules exist already for {', '.join(taken)}: pass replace=True to replace them")
+        for layer_type in layer_types:
+            _RULES[layer_type] = rule
+        return rule
+
+    return decorate
+
+
+def layer_rules() -> dict[type[nn.Module], LayerRule]:
+    """A copy of the registry, by layer type."""
+    return dict(_RULES)

@@ -1,0 +1,95 @@
+"""A chord to and from one file of the store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning_pathkernel.chord import Chord
+from lightning_pathkernel.sketch import KroneckerSketch
+from lightning_pathkernel.store import ArtifactError, read_group, write_group
+
+__all__ = ["chord_name", "read_chord", "write_chord"]
+
+_MAPS = ("start", "delta", "start_buffers", "end_buffers", "preconditioner", "decay", "residual")
+_FACTORS = ("train_left", "train_right", "query_left", "query_right")
+
+
+def chord_name(index: int) -> str:
+    """File name of the chord with this index."""
+    return f"chord-{index:06d}.safetensors"
+
+
+def write_chord(directory: Path, chord: Chord) -> Path:
+    """Publish a chord; nothing is overwritten.
+
+    Args:
+        directory: Where.
+        chord: What.
+
+    Returns:
+        The file.
+    """
+    groups = {name: dict(getattr(chord, name)) for name in _MAPS}
+    for factor in _FACTORS:
+        found = {name: getattr(sketch, factor) for name, sketch in chord.sketches.items()}
+        groups[factor] = {name: t for name, t in found.items() if t is not None}
+    groups["rows"] = {"example_ids": chord.example_ids, "rows": chord.rows, "self_inner": chord.self_inner}
+    if chord.second_stage is not None:
+        groups["rows"]["second_stage"] = chord.second_stage
+    facts = {
+        "index": chord.index,
+        "first_step": chord.first_step,
+        "last_step": chord.last_step,
+        "learning_time": chord.learning_time,
+        "sketches": [[name, sketch.rows, sketch.columns] for name, sketch in chord.sketches.items()],
+    }
+    return write_group(directory / chord_name(chord.index), groups, facts)
+
+
+def read_chord(path: Path) -> Chord:
+    """Read a chord back.
+
+    Args:
+        path: A file that `write_chord` wrote.
+
+    Returns:
+        The chord, on the CPU.
+
+    Raises:
+        ArtifactError: If the file is damaged, or its parts do not fit together.
+    """
+    groups, facts = read_group(path)
+    try:
+        return _assemble(groups, facts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path.name}: not a chord: {error!r}") from error
+
+
+def _assemble(groups: dict[str, dict[str, Any]], facts: dict[str, Any]) -> Chord:
+    factors = {factor: groups.get(factor, {}) for factor in _FACTORS}
+    sketches = {
+        name: KroneckerSketch(rows, columns, *(factors[factor].get(name) for factor in _FACTORS))
+        for name, rows, columns in facts["sketches"]
+    }
+    stored = groups["rows"]
+    chord = Chord(
+        int(facts["index"]), int(facts["first_step"]), int(facts["last_step"]), float(facts["learning_time"]),
+        stored["example_ids"], stored["rows"], stored["self_inner"], sketches, stored.get("second_stage"),
+        *(groups.get(name, {}) for name in _MAPS),
+    )  # fmt: skip
+    _check_shapes(chord)
+    return chord
+
+
+def _check_shapes(chord: Chord) -> None:
+    features = sum(sketch.features for sketch in chord.sketches.values())
+    stage = chord.second_stage
+    width = features if stage is None else int(stage.shape[0])
+    if stage is not None and stage.shape[1] != features:
+        raise ValueError(f"second stage of {tuple(stage.shape)} for {features} features")
+    if chord.rows.shape != (len(chord.example_ids), width):
+        raise ValueError(f"rows of {tuple(chord.rows.shape)} for {len(chord.example_ids)} examples x {width}")
+    for name, w in chord.start.items():
+        if chord.delta[name].shape != w.shape or name not in chord.sketches:
+            raise ValueError(f"parameter {name!r} does not fit")

@@ -1,0 +1,20 @@
+"""Optimiser rules: the update as a linear map of per-example gradients."""
+
+from lightning_pathkernel.optim import adam, sgd  # noqa: F401  (they register their rules)
+from lightning_pathkernel.optim.rules import (
+    OptimizerRule,
+    ParameterUpdate,
+    UnsupportedOptimizerError,
+    optimizer_rule,
+    optimizer_rules,
+    register_optimizer_rule,
+)
+
+__all__ = [
+    "OptimizerRule",
+    "ParameterUpdate",
+    "UnsupportedOptimizerError",
+    "optimizer_rule",
+    "optimizer_rules",
+    "register_optimizer_rule",
+]

@@ -1,0 +1,127 @@
+"""The registry of optimiser rules: an update as a linear map of the gradients it has seen.
+
+For one parameter and one step an optimiser is described, eq. (4) of docs/theory.md, by
+
+    h  = sign * g + coupled_decay * w
+    b  <- keep * b + inject * h
+    m  = from_buffer * b + from_gradient * h
+    w  <- w - rate * D . m - decay_rate * w
+
+with scalars read after the step and a diagonal preconditioner D (None for the identity).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "OptimizerRule",
+    "ParameterUpdate",
+    "UnsupportedOptimizerError",
+    "optimizer_rule",
+    "optimizer_rules",
+    "register_optimizer_rule",
+]
+
+
+class UnsupportedOptimizerError(ValueError):
+    """The optimiser, or an option of it, has no rule."""
+
+
+@dataclass(frozen=True)
+class ParameterUpdate:
+    """The scalars of one parameter's update, as in this module's header."""
+
+    rate: float
+    keep: float = 0.0
+    inject: float = 1.0
+    from_buffer: float = 0.0
+    from_gradient: float = 1.0
+    sign: float = 1.0
+    coupled_decay: float = 0.0
+    decay_rate: float = 0.0
+
+
+class OptimizerRule(Protocol):
+    """What is known of an optimiser."""
+
+    diagonal: bool
+    """Whether it has a preconditioner D."""
+
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise `UnsupportedOptimizerError` for options that the rule does not cover."""
+        ...
+
+    def update(self, group: Mapping[str, Any], state: Mapping[str, Any], first: bool) -> ParameterUpdate:
+        """The scalars of a parameter's latest step; ``first`` on the parameter's first step."""
+        ...
+
+    def buffer(self, state: Mapping[str, Any]) -> Tensor | None:
+        """The momentum buffer ``b`` after the step, if there is one."""
+        ...
+
+    def preconditioner(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor:
+        """D of the latest step, with the parameter's shape; called for diagonal optimisers only."""
+        ...
+
+
+_RULES: dict[type[torch.optim.Optimizer], OptimizerRule] = {}
+
+
+def register_optimizer_rule(
+    *optimizer_types: type[torch.optim.Optimizer],
+) -> Callable[[type[OptimizerRule]], type[OptimizerRule]]:
+    """Register a rule class for optimisers of exactly these types.
+
+    Args:
+        *optimizer_types: The types.
+
+    Returns:
+        The decorator.
+
+    Raises:
+        ValueError: If a type has a rule already.
+    """
+
+    def decorate(rule: type[OptimizerRule]) -> type[OptimizerRule]:
+        taken = [t.__name__ for t in optimizer_types if t in _RULES]
+        if taken:
+            raise ValueError(f"optimiser rules exist already for {', '.join(taken)}")
+        for optimizer_type in optimizer_types:
+            _RULES[optimizer_type] = rule()
+        return rule
+
+    return decorate
+
+
+def optimizer_rules() -> dict[type[torch.optim.Optimizer], OptimizerRule]:
+    """A copy of the registry, by optimiser type."""
+    return dict(_RULES)
+
+
+def optimizer_rule(optimizer: torch.optim.Optimizer) -> OptimizerRule:
+    """The rule of an optimiser.
+
+    Args:
+        optimizer: The raw torch optimiser.
+
+    Returns:
+        Its rule.
+
+    Raises:
+        UnsupportedOptimizerError: If there is none, with the list of those there are.
+    """
+    rule = _RULES.get(type(optimizer))
+    if rule is None:
+        known = ", ".join(sorted(t.__name__ for t in _RULES))
+        raise UnsupportedOptimizerError(
+            f"No optimiser rule for {type(optimizer).__name__}. Supported: {known}. Use one of these, or register "
+            "a rule with @register_optimizer_rule."
+        )
+    rule.check(optimizer)
+    return rule

@@ -1,0 +1,124 @@
+"""Questions to a list of chords: sums, contributions and kernels. Knows nothing of files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_pathkernel.capture import PerExampleGradient, matrix_shape
+from lightning_pathkernel.chord import Chord, QueryBuffer
+from lightning_pathkernel.ledger import LEDGER_TERMS, chord_terms
+from lightning_pathkernel.network import Network, batch_size
+from lightning_pathkernel.path import QuadratureRule
+
+__all__ = ["contributions", "kernel", "ledger", "query_features", "sums"]
+
+Functional = Callable[[Tensor], Tensor]
+"""Outputs ``[n, K]`` -> one number per row ``[n]``."""
+
+
+def sums(network: Network, batch: object, chord: Chord, rule: QuadratureRule) -> tuple[Tensor, Tensor]:
+    """Sum of all contributions of a chord, and its part of the bias (decay and buffers), ``[n, K]`` each."""
+    directions = [chord.examples_direction(), *([chord.decay] if chord.decay else [])]
+    totals: list[Tensor] = []
+    for t, w in zip(rule.points, rule.weights, strict=True):
+        slopes = [w * s for s in network.jvps(batch, chord.weights(t), chord.end_buffers, directions)]
+        totals = [a + b for a, b in zip(totals, slopes, strict=True)] if totals else slopes
+    bias = totals[1] if chord.decay else torch.zeros_like(totals[0])
+    if chord.end_buffers:
+        after = network.outputs(batch, chord.start, chord.end_buffers)
+        bias = bias + after - network.outputs(batch, chord.start, chord.start_buffers)
+    return totals[0], bias
+
+
+def query_features(
+    network: Network, batch: object, chord: Chord, rule: QuadratureRule, functional: Functional
+) -> Tensor:
+    """Sketch of ``D . integral of grad h(f(x))`` along a chord, ``[n, k]``: the query side of eq. (8)."""
+    total: Tensor | None = None
+    for t, w in zip(rule.points, rule.weights, strict=True):
+        buffer = QueryBuffer(chord.sketches, chord.preconditioner, batch_size(batch))
+        network.per_example_gradients(batch, functional, buffer, chord.weights(t), chord.end_buffers)
+        part = w * buffer.features()
+        total = part if total is None else total + part
+    if total is None:
+        raise ValueError("a quadrature rule without points")
+    return total if chord.second_stage is None else total @ chord.second_stage.T
+
+
+def contributions(
+    network: Network, batch: object, chords: Sequence[Chord], ids: Tensor, rule: QuadratureRule, functional: Functional
+) -> Tensor:
+    """``c_i(x)`` of eq. (7) for every example of ``ids [N]`` (sorted), ``[n, N]``."""
+    out: Tensor | None = None
+    for chord in chords:
+        part = query_features(network, batch, chord, rule, functional) @ chord.rows.T
+        if out is None:
+            out = part.new_zeros(part.shape[0], len(ids))
+        out.index_add_(1, torch.searchsorted(ids, chord.example_ids), part)
+    if out is None:
+        raise ValueError("a machine without chords")
+    return out
+
+
+def ledger(
+    network: Network, batch: object, chords: Sequence[Chord], rule: QuadratureRule
+) -> dict[str, Tensor]:
+    """All terms of eq. (7) for the outputs of a batch, ``[n, K]`` each; they add up to the network's outputs."""
+    first = chords[0]
+    terms = {name: torch.zeros(()) for name in LEDGER_TERMS}
+    terms["initial"] = network.outputs(batch, first.start, first.start_buffers)
+    for chord in chords:
+        for name, value in chord_terms(network, batch, chord.span(), rule).items():
+            if name in terms:
+                terms[name] = terms[name] + value
+    return terms
+
+
+class _Whole:
+    """Collects a backward pass's per-example gradients, formed whole and scaled by the square root of D."""
+
+    def __init__(self, chord: Chord) -> None:
+        self._chord = chord
+        self.parts: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, gradient: PerExampleGradient) -> None:
+        part = gradient.dense()
+        if name in self._chord.preconditioner:
+            diagonal = self._chord.preconditioner[name]
+            part = part * diagonal.reshape(matrix_shape(diagonal.shape)).sqrt()
+        part = part.flatten(1)
+        self.parts[name] = self.parts[name] + part if name in self.parts else part
+
+
+def _roots(network: Network, batch: object, chord: Chord, t: float, functional: Functional) -> Mapping[str, Tensor]:
+    whole = _Whole(chord)
+    network.per_example_gradients(batch, functional, whole, chord.weights(t), chord.end_buffers)
+    return whole.parts
+
+
+def kernel(
+    network: Network,
+    first: tuple[object, Functional],
+    second: tuple[object, Functional] | None,
+    chords: Sequence[Chord],
+    rule: QuadratureRule,
+) -> Tensor:
+    """The path kernel ``sum_c learning_time_c * integral of J D J'^T`` between two batches, ``[n, n2]``.
+
+    Computed from whole gradients on both sides: no sketch, no stored example; symmetric and positive semi-definite
+    when ``second`` is None.
+    """
+    out: Tensor | None = None
+    for chord in chords:
+        for t, w in zip(rule.points, rule.weights, strict=True):
+            one = _roots(network, *first[:1], chord, t, first[1])
+            two = one if second is None else _roots(network, second[0], chord, t, second[1])
+            gram = torch.stack([one[name] @ two[name].T for name in one if name in two]).sum(0)
+            part = w * chord.learning_time * gram
+            out = part if out is None else out + part
+    if out is None:
+        raise ValueError("a machine without chords")
+    return out

@@ -1,0 +1,364 @@
+"""One optimiser step in, records out. Knows nothing of Lightning.
+
+Call `begin_batch` and `end_batch` around every forward and backward pass, `before_step` when the gradients are final
+but for clipping, and `after_step` once the weights have moved. A chord is closed when its last step was taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_pathkernel.capture import CaptureError, GradientCapture, PerExampleGradient, matrix_shape
+from lightning_pathkernel.chord import Chord, QueryBuffer
+from lightning_pathkernel.network import Network
+from lightning_pathkernel.optim import ParameterUpdate, optimizer_rule
+from lightning_pathkernel.path import QuadratureRule, gauss_legendre
+from lightning_pathkernel.recording.basis import fit_basis, probe_gradients, random_cotangent
+from lightning_pathkernel.recording.displacement import ChordDisplacement
+from lightning_pathkernel.recording.rows import StepRows, carry_over, sketch_blocks, weighted
+from lightning_pathkernel.recording.visits import VisitWeights
+from lightning_pathkernel.sketch import KroneckerSketch, SketchSettings, fit_second_stage
+
+__all__ = ["NonFiniteError", "PathRecorder", "RecorderSettings"]
+
+
+class NonFiniteError(ArithmeticError):
+    """Gradients or weights stopped being finite."""
+
+
+@dataclass(frozen=True)
+class RecorderSettings:
+    """What is recorded.
+
+    Attributes:
+        nodes: Optimiser steps at which chords end, rising, the first one 0.
+        sketch_dim: Numbers stored per example and chord.
+        sketch: How sketches are fitted.
+        seed: Seed of the private random generator.
+        rule: Quadrature along a chord, where the recorder needs one.
+    """
+
+    nodes: Sequence[int]
+    sketch_dim: int = 256
+    sketch: SketchSettings = field(default_factory=SketchSettings)
+    seed: int = 0
+    rule: QuadratureRule = field(default_factory=lambda: gauss_legendre(2))
+
+
+class PathRecorder:
+    """Records a training run as a kernel machine.
+
+    Args:
+        network: The network in training.
+        optimizer: The raw torch optimiser.
+        settings: What to record.
+        probes: A batch of validation examples that shows what queries look like, or None.
+        on_chord: Receives every chord as it closes.
+
+    Raises:
+        UnsupportedOptimizerError: If the optimiser has no rule.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        optimizer: torch.optim.Optimizer,
+        settings: RecorderSettings,
+        probes: object | None,
+        on_chord: Callable[[Chord], None],
+    ) -> None:
+        self.network = network
+        self.settings = settings
+        self.steps = 0
+        self.capture = GradientCapture(network.module, network.plan)
+        self._optimizer = optimizer
+        self._rule = optimizer_rule(optimizer)
+        self._probes = probes
+        self._on_chord = on_chord
+        self._generator = torch.Generator().manual_seed(settings.seed)
+        self._names = list(network.parameters)
+        self._shapes = {name: p.shape for name, p in network.parameters.items()}
+        self._seen: set[str] = set()
+        self._visits = VisitWeights(self._names)
+        self._rows: list[StepRows] = []
+        self._sketches: dict[str, KroneckerSketch] = {}
+        self._fitted = False
+        self._chords = 0
+        self._held: list[tuple[Tensor, dict[str, list[PerExampleGradient]]]] = []
+        self._step_rows: list[StepRows] = []
+        self._slices: dict[str, slice] = {}
+        self._norms: Tensor | None = None
+        self._open(None)
+
+    def _open(self, previous: ChordDisplacement | None) -> None:
+        self._first_step = self.steps
+        self._fitted = False
+        self._start_buffers = self.network.buffers()
+        decay = previous.decay_buffers if previous else None
+        self._displacement = ChordDisplacement(self.network.weights(), decay)
+
+    # one batch
+
+    def begin_batch(self, ids: Tensor) -> None:
+        """Expect the per-example gradients of a batch whose examples are ``ids [n]``."""
+        n = len(ids)
+        if not self._fitted:
+            blocks: dict[str, list[PerExampleGradient]] = {}
+            self._held.append((ids, blocks))
+            self.capture.begin(n, lambda name, gradient: blocks.setdefault(name, []).append(gradient))
+            return
+        like = next(iter(self.network.parameters.values()))
+        features = torch.zeros(n, sum(s.features for s in self._sketches.values()), device=like.device, dtype=like.dtype)
+        self._step_rows.append(StepRows(ids, features))
+
+        def sink(name: str, gradient: PerExampleGradient) -> None:
+            features[:, self._slices[name]] += self._sketches[name].train(gradient)
+
+        self.capture.begin(n, sink)
+
+    def end_batch(self) -> None:
+        """The batch's backward pass is over.
+
+        Raises:
+            CaptureError: If a parameter's gradient could not be split among the examples.
+        """
+        self.capture.check()
+        self.capture.end()
+
+    # one step
+
+    def before_step(self) -> None:
+        """The gradients are complete, but not clipped yet."""
+        self._norms = self._gradient_norms()
+        if self._needs_weights():
+            self._displacement.remember(self.network.parameters)
+
+    def _needs_weights(self) -> bool:
+        return bool(self._displacement.decay_buffers) or any(g["weight_decay"] for g in self._optimizer.param_groups)
+
+    def _gradient_norms(self) -> Tensor:
+        grads = [p.grad for p in self.network.parameters.values() if p.grad is not None]
+        if not grads:
+            raise CaptureError("no parameter has a gradient at the optimiser step: nothing was learned from this batch")
+        return torch.stack(torch._foreach_norm(grads))
+
+    def after_step(self) -> None:
+        """The optimiser has moved the weights; ``p.grad`` is what it received.
+
+        Raises:
+            CaptureError: If the gradients are not those that were captured.
+            NonFiniteError: If they are not finite.
+        """
+        updates = self._updates()
+        coefficient = self._clip_coefficient()
+        self._visits.step(updates)
+        if not self._fitted:
+            self._fit(coefficient)
+        else:
+            for part in self._step_rows:
+                part.features *= coefficient
+            self._rows.append(_joined(self._step_rows))
+        self._step_rows, self._held = [], []
+        self.steps += 1
+        if self.steps in self.settings.nodes[1:]:
+            self.close_chord()
+
+    def _clip_coefficient(self) -> float:
+        """What clipping by norm multiplied every gradient with.
+
+        Raises:
+            NonFiniteError: If the gradients are not finite.
+            CaptureError: If they were changed by anything but one common factor.
+        """
+        if self._norms is None:
+            raise RuntimeError("after_step without before_step")
+        after = self._gradient_norms()
+        total, clipped = float(self._norms.norm()), float(after.norm())
+        if not (total < float("inf") and clipped < float("inf")):
+            raise NonFiniteError(
+                f"gradients are not finite at optimiser step {self.steps}: the path ends there. Everything up to step "
+                f"{self._first_step} was recorded. Lower the learning rate, clip the gradients, or check the data."
+            )
+        factor = clipped / total if total > 0 else 1.0
+        if float((after - factor * self._norms).abs().max()) > 1e-3 * clipped:
+            raise CaptureError(
+                f"gradients were changed between the backward pass and optimiser step {self.steps} by more than one "
+                "common factor. Clipping by norm is supported; clipping by value and other changes are not."
+            )
+        return factor
+
+    def _updates(self) -> dict[str, ParameterUpdate]:
+        """The scalars of every parameter that moved, noted in the chord's running sums."""
+        names = {id(p): name for name, p in self.network.parameters.items()}
+        updates = {}
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                name = names.get(id(parameter))
+                if name is None or parameter.grad is None:
+                    continue
+                state = self._optimizer.state[parameter]
+                updates[name] = update = self._rule.update(group, state, name not in self._seen)
+                self._seen.add(name)
+                self._displacement.step(name, parameter, update, self._rule, group, state)
+        self._displacement.learning_time += float(self._optimizer.param_groups[0]["lr"])
+        return updates
+
+    # one chord
+
+    def _fit(self, coefficient: float) -> None:
+        """Choose the chord's basis from its first step, which was held back for it, and sketch that step."""
+        blocks = self._held[0][1]
+        if not blocks:
+            raise CaptureError(
+                "no layer's gradient was seen in the backward pass: the hooks did not fire. A compiled module must be "
+                "compiled after the fit has begun; manual gradients are not supported."
+            )
+        self._check_sum(coefficient)
+        probes = {} if self._probes is None else self._probe_blocks()
+        preconditioner = self._preconditioner()
+        old = self._sketches
+        self._sketches = fit_basis(
+            blocks, probes, preconditioner, self._shapes, self.settings.sketch, self._generator
+        )
+        self._slices = _slices(self._sketches)
+        if self._rows:
+            tail = self._visits.buffered[: len(self._rows)]
+            self._rows = carry_over(self._rows, tail, self._tail_momentum(coefficient), old, self._sketches)
+        parts = [
+            StepRows(ids, sketch_blocks(self._sketches, held, len(ids)) * coefficient) for ids, held in self._held
+        ]
+        self._rows.append(_joined(parts))
+        self._fitted = True
+
+    def _probe_blocks(self) -> dict[str, list[PerExampleGradient]]:
+        return probe_gradients(self.network, self._probes, random_cotangent(self._generator))
+
+    def _preconditioner(self) -> dict[str, Tensor]:
+        if not self._rule.diagonal:
+            return {}
+        names = {id(p): name for name, p in self.network.parameters.items()}
+        return {
+            names[id(p)]: self._rule.preconditioner(group, self._optimizer.state[p])
+            for group in self._optimizer.param_groups
+            for p in group["params"]
+            if id(p) in names and self._optimizer.state[p]
+        }
+
+    def _tail_momentum(self, coefficient: float) -> dict[str, Tensor]:
+        """What the momentum buffers hold of the examples of earlier chords, as matrices."""
+        out = {}
+        newest = self._visits.buffered[-1]
+        for j, (name, parameter) in enumerate(self.network.parameters.items()):
+            buffer = self._rule.buffer(self._optimizer.state[parameter])
+            if buffer is None:
+                continue
+            tail = buffer.detach().clone()
+            if parameter.grad is not None:
+                tail -= parameter.grad * float(newest[j])
+            if name in self._displacement.decay_buffers:
+                tail -= self._displacement.decay_buffers[name]
+            out[name] = tail.reshape(matrix_shape(parameter.shape))
+        return out
+
+    def _check_sum(self, coefficient: float) -> None:
+        """The captured rows must add up to the gradient that the optimiser received."""
+        wrong = []
+        largest = max(float(p.grad.norm()) for p in self.network.parameters.values() if p.grad is not None)
+        for name, parameter in self.network.parameters.items():
+            if parameter.grad is None:
+                continue
+            uses = [use.total() for _, held in self._held for use in held.get(name, ())]
+            captured = torch.stack(uses).sum(0) if uses else torch.zeros_like(parameter).flatten()
+            gap = float((captured.reshape(parameter.shape) * coefficient - parameter.grad).norm())
+            if gap > 1e-3 * float(parameter.grad.norm()) and gap > 1e-5 * largest:
+                wrong.append(f"{name!r} ({gap / max(float(parameter.grad.norm()), 1e-30):.1%} unaccounted for)")
+        if wrong:
+            raise CaptureError(
+                f"the per-example gradients do not add up to the gradient for {', '.join(wrong)} at step {self.steps}. "
+                "A weight used outside its module's forward, dropout inside a layer without a rule, or gradients added "
+                "by hand do that. Call the owning module instead, or register a layer rule."
+            )
+
+    def close_chord(self) -> None:
+        """End the open chord at the weights as they are now and hand it on; nothing happens if it is empty."""
+        if self.steps == self._first_step:
+            return
+        chord = self.snapshot()
+        for name, value in chord.delta.items():
+            if not bool(value.isfinite().all()):
+                raise NonFiniteError(f"weights of {name!r} are not finite at optimiser step {self.steps}")
+        kept = self._visits.close()
+        self._rows = [self._rows[i] for i in kept]
+        previous = self._displacement
+        self._chords += 1
+        self._open(previous)
+        self._on_chord(chord)
+
+    def snapshot(self) -> Chord:
+        """The open chord as if it ended here.
+
+        Returns:
+            The chord, in memory.
+        """
+        end = self.network.weights()
+        parts = self._displacement.parts(end)
+        start_buffers, end_buffers = self._start_buffers, self.network.buffers()
+        visits = weighted(self._rows, self._visits.weights, self._sketches)
+        ids = torch.cat([step.ids for step in self._rows])
+        unique, inverse = torch.unique(ids, return_inverse=True)
+        rows = visits.new_zeros(len(unique), visits.shape[1]).index_add_(0, inverse.to(visits.device), visits)
+        chord = Chord(
+            self._chords, self._first_step, self.steps, self._displacement.learning_time, unique, rows,
+            rows.new_zeros(len(unique)), dict(self._sketches), None, dict(self._displacement.start), parts.delta,
+            start_buffers, end_buffers, parts.preconditioner, parts.decay, parts.residual,
+        )  # fmt: skip
+        return self._compressed(chord)
+
+    def _compressed(self, chord: Chord) -> Chord:
+        """Bring the rows down to ``sketch_dim`` by the second stage."""
+        from dataclasses import replace
+
+        if chord.rows.shape[1] <= self.settings.sketch_dim:
+            return chord
+        query = self._query_features(chord) if self._probes is not None else None
+        total = chord.rows.sum(0)
+        maps = fit_second_stage(
+            chord.rows, query, total, self.settings.sketch_dim, self.settings.sketch, self._generator
+        )
+        if maps is None:
+            return chord
+        return replace(chord, rows=chord.rows @ maps[0].T, second_stage=maps[1])
+
+    def _query_features(self, chord: Chord) -> Tensor:
+        """First-stage query features of the probes along the chord, ``[M, F]``."""
+        parts = []
+        for t in self.settings.rule.points:
+            blocks = probe_gradients(
+                self.network, self._probes, random_cotangent(self._generator), rows=256,
+                weights=chord.weights(t), buffers=chord.end_buffers,
+            )  # fmt: skip
+            n = next(iter(blocks.values()))[0].n
+            buffer = QueryBuffer(chord.sketches, chord.preconditioner, n)
+            for name, uses in blocks.items():
+                for use in uses:
+                    buffer(name, use)
+            parts.append(buffer.features())
+        return torch.cat(parts)
+
+
+def _joined(parts: list[StepRows]) -> StepRows:
+    if len(parts) == 1:
+        return parts[0]
+    return StepRows(torch.cat([p.ids for p in parts]), torch.cat([p.features for p in parts]))
+
+
+def _slices(sketches: dict[str, KroneckerSketch]) -> dict[str, slice]:
+    out, start = {}, 0
+    for name, sketch in sketches.items():
+        out[name] = slice(start, start + sketch.features)
+        start += sketch.features
+    return out

@@ -1,0 +1,115 @@
+"""Fitting a chord's sketches to a sample of training gradients and of probes' gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_pathkernel.capture import PerExampleGradient, matrix_shape
+from lightning_pathkernel.network import Network, Tensors, batch_size, take_rows
+from lightning_pathkernel.sketch import KroneckerSketch, SideMoments, SketchSettings, fit_sketch, rank_one_log
+
+__all__ = ["Blocks", "dense_sample", "fit_basis", "probe_gradients", "random_cotangent"]
+
+Blocks = Mapping[str, Sequence[PerExampleGradient]]
+"""Parameter -> per-example gradients of each of its uses; the uses add up."""
+
+_DENSE_NUMBERS = 1 << 23
+"""At most this many numbers of per-example gradients are formed at once."""
+
+
+def dense_sample(uses: Sequence[PerExampleGradient], shape: tuple[int, int], rows: int | None = None) -> Tensor:
+    """Gradients of as many leading examples as fit, formed whole and added over the uses, ``[m, r, c]``."""
+    fit = max(8, _DENSE_NUMBERS // (shape[0] * shape[1]))
+    count = min(uses[0].n, fit if rows is None else min(fit, rows))
+    total = uses[0].head(count).dense()
+    for use in uses[1:]:
+        total = total + use.head(count).dense()
+    return total
+
+
+def random_cotangent(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """A functional that mixes the outputs with random signs, one draw per row: its gradients have J's moments."""
+
+    def functional(outputs: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, outputs.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        return (outputs * signs.to(outputs)).sum(1)
+
+    return functional
+
+
+def probe_gradients(
+    network: Network, probes: object, functional: Callable[[Tensor], Tensor], rows: int = 128, **where: Tensors
+) -> dict[str, list[PerExampleGradient]]:
+    """Per-example gradients of the first ``rows`` probes, by parameter, kept for use after the pass."""
+    blocks: dict[str, list[PerExampleGradient]] = {}
+    batch = take_rows(probes, 0, min(rows, batch_size(probes)))
+    network.per_example_gradients(batch, functional, lambda n, g: blocks.setdefault(n, []).append(g), **where)
+    return blocks
+
+
+def _sides(gradients: Tensor) -> tuple[Tensor, Tensor]:
+    return gradients.transpose(1, 2).reshape(-1, gradients.shape[1]), gradients.reshape(-1, gradients.shape[2])
+
+
+def _moments(uses: Sequence[PerExampleGradient], shape: tuple[int, int], scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    if scale is None and len(uses) == 1:
+        fit = max(8, _DENSE_NUMBERS // (shape[0] * shape[1]))
+        return uses[0].head(fit).moments()
+    dense = dense_sample(uses, shape, rows=64)
+    return _sides(dense if scale is None else dense * scale)
+
+
+def fit_basis(
+    train: Blocks, probes: Blocks, preconditioner: Tensors, shapes: Mapping[str, torch.Size],
+    settings: SketchSettings, generator: torch.Generator,
+) -> dict[str, KroneckerSketch]:  # fmt: skip
+    """Choose a sketch for every parameter, over a rank-one square root of the preconditioner where there is one.
+
+    Args:
+        train: Gradients of the chord's first batch.
+        probes: Gradients of the probes, by random cotangents; empty where there are none.
+        preconditioner: D of the chord's first step, with the parameters' shapes; empty for the identity.
+        shapes: Every trainable parameter's shape.
+        settings: Kind and sizes.
+        generator: Private source of randomness, on the CPU.
+
+    Returns:
+        Parameter -> sketch.
+    """
+    sketches = {}
+    for name, size in shapes.items():
+        shape = matrix_shape(size)
+        reference = next(iter(train.values()))[0]
+        if name not in train:
+            zero = _any_tensor(reference).new_zeros(1, 1)
+            side = SideMoments(zero.expand(1, shape[0]), None), SideMoments(zero.expand(1, shape[1]), None)
+            sketches[name] = fit_sketch(*side, SketchSettings("random", settings.width), generator)
+            continue
+        diagonal = preconditioner[name].reshape(shape) if name in preconditioner else None
+        sketches[name] = _fit_one(train[name], probes.get(name), diagonal, shape, settings, generator)
+    return sketches
+
+
+def _any_tensor(gradient: PerExampleGradient) -> Tensor:
+    return gradient.head(1).dense()
+
+
+def _fit_one(
+    train: Sequence[PerExampleGradient], probes: Sequence[PerExampleGradient] | None, diagonal: Tensor | None,
+    shape: tuple[int, int], settings: SketchSettings, generator: torch.Generator,
+) -> KroneckerSketch:  # fmt: skip
+    if diagonal is None:
+        queried = (None, None) if probes is None else _moments(probes, shape, None)
+        trained = _moments(train, shape, None)
+        return fit_sketch(*map(SideMoments, trained, queried), settings, generator)
+    moved = (dense_sample(train, shape, rows=64) ** 2).sum(0)
+    weights = (moved > 0).to(moved.dtype)
+    left, right = rank_one_log(diagonal.sqrt(), weights)
+    scale = left.unsqueeze(1) * right
+    trained = _moments(train, shape, scale)
+    reach = torch.where(moved > 0, diagonal, torch.zeros_like(diagonal))
+    queried = (None, None) if probes is None else _moments(probes, shape, reach / scale)
+    return fit_sketch(*map(SideMoments, trained, queried), settings, generator).scaled(left, right)

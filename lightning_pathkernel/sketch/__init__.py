@@ -1,0 +1,23 @@
+"""Linear maps from gradients to few numbers, built from two thin factors per parameter."""
+
+from lightning_pathkernel.sketch.fit import (
+    SKETCHES,
+    SideMoments,
+    SketchSettings,
+    fit_second_stage,
+    fit_sketch,
+    register_sketch,
+)
+from lightning_pathkernel.sketch.kronecker import KroneckerSketch
+from lightning_pathkernel.sketch.scale import rank_one_log
+
+__all__ = [
+    "SKETCHES",
+    "KroneckerSketch",
+    "SideMoments",
+    "SketchSettings",
+    "fit_second_stage",
+    "fit_sketch",
+    "rank_one_log",
+    "register_sketch",
+]

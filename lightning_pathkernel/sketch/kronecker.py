@@ -1,0 +1,124 @@
+"""A Kronecker sketch of one parameter: two thin factors on the training side, two on the query side.
+
+For a per-example gradient ``G [r, c]`` of a training example and one ``J [r, c]`` of a query
+
+    S_train(G) = train_left G train_right^T            [k_left, k_right]
+    S_query(J) = query_left (D . J) query_right^T      [k_left, k_right]
+    <S_query(J), S_train(G)>  estimates  <J, D . G>
+
+with D the chord's preconditioner (1 for SGD), eq. (8) of docs/theory.md. ``None`` stands for an identity factor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+__all__ = ["Contractible", "KroneckerSketch"]
+
+from typing import Protocol
+
+
+class Contractible(Protocol):
+    """What a sketch asks of a per-example gradient."""
+
+    def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """``left @ G_n @ right.T``, ``[n, k_left, k_right]``."""
+        ...
+
+    def dense(self) -> Tensor:
+        """``[n, r, c]``."""
+        ...
+
+
+def _sandwich(left: Tensor | None, x: Tensor, right: Tensor | None) -> Tensor:
+    x = x if right is None else x @ right.T
+    return x if left is None else left @ x
+
+
+def _transposed(factor: Tensor | None) -> Tensor | None:
+    return None if factor is None else factor.T
+
+
+@dataclass(frozen=True)
+class KroneckerSketch:
+    """Thin factors ``[k, r]`` (left) and ``[k, c]`` (right) of the two sides of one parameter's sketch."""
+
+    rows: int
+    columns: int
+    train_left: Tensor | None = None
+    train_right: Tensor | None = None
+    query_left: Tensor | None = None
+    query_right: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(k_left, k_right)``."""
+        left = self.rows if self.train_left is None else int(self.train_left.shape[0])
+        right = self.columns if self.train_right is None else int(self.train_right.shape[0])
+        return left, right
+
+    @property
+    def features(self) -> int:
+        """Numbers per example, ``k_left * k_right``."""
+        left, right = self.shape
+        return left * right
+
+    def train(self, gradient: Contractible) -> Tensor:
+        """Features of training examples, ``[n, k_left * k_right]``."""
+        return gradient.project(self.train_left, self.train_right).flatten(1)
+
+    def query(self, gradient: Contractible, preconditioner: Tensor | None = None) -> Tensor:
+        """Features of queries, ``[n, k_left * k_right]``; ``preconditioner [r, c]`` is D."""
+        if preconditioner is None:
+            return gradient.project(self.query_left, self.query_right).flatten(1)
+        return _sandwich(self.query_left, gradient.dense() * preconditioner, self.query_right).flatten(1)
+
+    def train_matrix(self, matrix: Tensor) -> Tensor:
+        """The training-side features of a whole gradient ``[r, c]``: ``[k_left * k_right]``."""
+        return _sandwich(self.train_left, matrix, self.train_right).flatten()
+
+    def synthesise(self, features: Tensor) -> Tensor:
+        """The adjoint of `query` with D = 1: ``query_left^T Z query_right``, ``[*, r, c]``.
+
+        Because the two sides are biorthogonal this is also the gradient that the features stand for.
+        """
+        z = features.unflatten(-1, self.shape)
+        return _sandwich(_transposed(self.query_left), z, _transposed(self.query_right))
+
+    def reexpress(self, features: Tensor, target: KroneckerSketch) -> Tensor:
+        """Training features ``[n, k]`` of this sketch in the basis of another, through the kept subspace."""
+        left = _change(target.train_left, self.query_left)
+        right = _change(target.train_right, self.query_right)
+        return _sandwich(left, features.unflatten(-1, self.shape), right).flatten(1)
+
+    def scaled(self, left: Tensor, right: Tensor) -> KroneckerSketch:
+        """The same sketch over a rank-one scale ``left [r] x right [c]``, moved to the training side.
+
+        The training factors are multiplied by it and the query factors divided, so inner products stay.
+        """
+
+        def times(factor: Tensor | None, by: Tensor) -> Tensor:
+            return torch.diag(by) if factor is None else factor * by
+
+        return KroneckerSketch(
+            self.rows,
+            self.columns,
+            times(self.train_left, left),
+            times(self.train_right, right),
+            times(self.query_left, 1 / left),
+            times(self.query_right, 1 / right),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The factors that are not the identity, by name."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+
+def _change(new_train: Tensor | None, old_query: Tensor | None) -> Tensor | None:
+    if new_train is None:
+        return _transposed(old_query)
+    return new_train if old_query is None else new_train @ old_query.T

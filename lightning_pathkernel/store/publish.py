@@ -1,0 +1,76 @@
+"""One way to write a file or a directory so that others see all of it or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["fsync_directory", "publish", "publish_json", "publish_tensors", "sha256_of"]
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames inside a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(path: Path, write: Callable[[Path], None]) -> Path:
+    """Let ``write`` fill a temporary file beside ``path``, make it durable and rename it into place.
+
+    Args:
+        path: Where the file is to be; it must not exist.
+        write: Given the temporary path, writes the whole file.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        FileExistsError: If ``path`` exists; nothing is overwritten.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise FileExistsError(f"{path} exists already and is not overwritten") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_directory(path.parent)
+    return path
+
+
+def publish_json(path: Path, value: Mapping[str, Any]) -> Path:
+    """Publish strict JSON, UTF-8, sorted keys."""
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    return publish(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def publish_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Publish a safetensors file; tensors are brought to the CPU and made contiguous."""
+    plain = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
+    return publish(path, lambda temporary: save_file(plain, str(temporary), dict(metadata)))
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

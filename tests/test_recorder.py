@@ -1,0 +1,61 @@
+"""The recorder on a small network: contributions, ledger and sums."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_pathkernel import query
+from lightning_pathkernel.capture import plan_capture
+from lightning_pathkernel.network import Network
+from lightning_pathkernel.path import gauss_legendre
+from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
+
+
+def _record(optimizer_name: str) -> tuple[Network, list, torch.Tensor]:
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 6), torch.randint(0, 3, (64,))
+    model = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 3))
+    makers = {
+        "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3),
+        "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
+    }
+    optimizer = makers[optimizer_name](model.parameters())
+    chords: list = []
+    network = Network(model, plan_capture(model))
+    recorder = PathRecorder(network, optimizer, RecorderSettings([0, 1, 4, 9, 16], 128), x[:32], chords.append)
+    recorder.capture.attach()
+    for step in range(16):
+        ids = torch.arange(16) + 16 * (step % 4)
+        recorder.begin_batch(ids)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[ids]), y[ids]).backward()
+        recorder.end_batch()
+        recorder.before_step()
+        optimizer.step()
+        recorder.after_step()
+    recorder.capture.detach()
+    return network, chords, torch.randn(10, 6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_ledger_adds_up_and_the_sketch_is_faithful(name: str) -> None:
+    network, chords, x = _record(name)
+    rule = gauss_legendre(4)
+    terms = query.ledger(network, x, chords, rule)
+    outputs = network.outputs(x)
+    torch.testing.assert_close(sum(terms.values()), outputs, rtol=1e-4, atol=1e-5)
+    change = (outputs - terms["initial"]).norm()
+    for part in ("quadrature", "sketch", "unattributed"):
+        assert terms[part].norm() < 0.05 * change, f"{part}: {terms[part].norm() / change:.3f} of the learned change"
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_contributions_add_up_to_the_sum_over_examples(name: str) -> None:
+    network, chords, x = _record(name)
+    rule = gauss_legendre(3)
+    total = sum(query.sums(network, x, chord, rule)[0] for chord in chords)
+    parts = query.contributions(network, x, chords, torch.arange(64), rule, lambda outputs: outputs[:, 1])
+    torch.testing.assert_close(parts.sum(1), total[:, 1], rtol=1e-3, atol=1e-4)
