@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_pathkernel.network import Network, Tensors
+from lightning_pathkernel.network import Functional, Network, Tensors
 from lightning_pathkernel.path import QuadratureRule
 
 __all__ = ["ERROR_TERMS", "LEDGER_TERMS", "ChordSpan", "chord_terms"]
@@ -44,7 +44,9 @@ class ChordSpan:
         return {name: w + t * self.delta[name] for name, w in self.start.items()}
 
 
-def chord_terms(network: Network, batch: object, span: ChordSpan, rule: QuadratureRule) -> Mapping[str, Tensor]:
+def chord_terms(
+    network: Network, batch: object, span: ChordSpan, rule: QuadratureRule, functional: Functional | None = None
+) -> Mapping[str, Tensor]:
     """The terms that one chord adds to the outputs of ``batch``, eq. (1) to (3) and (7) of docs/theory.md.
 
     Args:
@@ -52,23 +54,24 @@ def chord_terms(network: Network, batch: object, span: ChordSpan, rule: Quadratu
         batch: Queries.
         span: The chord.
         rule: Quadrature along it.
+        functional: Scalar of the outputs that is accounted for; None for the outputs themselves.
 
     Returns:
-        Term of `LEDGER_TERMS` (but ``initial``) -> ``[n, K]``; they add up to the change of the outputs. Also
-        ``left``: the same change by the derivative at the chord's left end alone.
+        Term of `LEDGER_TERMS` (but ``initial``) -> ``[n, K]``; they add up to the change of the outputs.
     """
     directions = [span.examples, span.delta, span.decay, span.residual]
     wanted = [d for d in directions if d]
     sums = [torch.zeros(()) for _ in wanted]
     for t, w in zip(rule.points, rule.weights, strict=True):
-        slopes = network.jvps(batch, span.weights(t), span.end_buffers, wanted)
+        slopes = network.jvps(batch, span.weights(t), span.end_buffers, wanted, functional)
         sums = [total + w * slope for total, slope in zip(sums, slopes, strict=True)]
     found = iter(sums)
     examples, total, decay, residual = (next(found) if d else torch.zeros_like(sums[0]) for d in directions)
-    first = network.outputs(batch, span.start, span.end_buffers)
-    buffers = first - network.outputs(batch, span.start, span.start_buffers) if span.end_buffers else 0 * first
-    change = network.outputs(batch, span.weights(1.0), span.end_buffers) - first
-    left = network.jvps(batch, span.start, span.end_buffers, [span.delta])[0]
+    first = network.outputs(batch, span.start, span.end_buffers, functional)
+    buffers = torch.zeros_like(first)
+    if span.end_buffers:
+        buffers = first - network.outputs(batch, span.start, span.start_buffers, functional)
+    change = network.outputs(batch, span.weights(1.0), span.end_buffers, functional) - first
     return {
         "examples": examples,
         "decay": decay,
@@ -76,5 +79,4 @@ def chord_terms(network: Network, batch: object, span: ChordSpan, rule: Quadratu
         "quadrature": change - total,
         "sketch": total - decay - residual - examples,
         "unattributed": residual,
-        "left": left + buffers,
     }

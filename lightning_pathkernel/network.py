@@ -12,14 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
 from lightning_pathkernel.capture import CapturePlan, GradientCapture, PerExampleGradient
 
-__all__ = ["ForwardFn", "Network", "Tensors", "batch_size", "default_forward", "float_buffers", "take_rows"]
+__all__ = ["ForwardFn", "Functional", "Network", "Tensors", "batch_size", "default_forward", "float_buffers", "take_rows"]
 
 Tensors = Mapping[str, Tensor]
 """Parameter or buffer name -> tensor."""
 ForwardFn = Callable[[Any, Any], Tensor]
+"""``(module, batch) -> outputs [n, K]``."""
+Functional = Callable[[Tensor], Tensor]
+"""Outputs ``[n, K]`` -> one number per row ``[n]``."""
 
 
 def default_forward(module: nn.Module, batch: object) -> Tensor:
@@ -34,8 +38,6 @@ def float_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _tensor_leaves(batch: object) -> list[Tensor]:
-    from torch.utils import _pytree as pytree
-
     return [x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor)]
 
 
@@ -53,8 +55,6 @@ def batch_size(batch: object) -> int:
 
 def take_rows(batch: Any, start: int, stop: int) -> Any:
     """Rows ``start:stop`` of every tensor of a batch that has one row per example."""
-    from torch.utils import _pytree as pytree
-
     n = batch_size(batch)
 
     def take(value: Any) -> Any:
@@ -131,18 +131,26 @@ class Network:
             for name, value in swapped.items():
                 live[name].data = value
 
-    def _outputs(self, batch: object) -> Tensor:
-        return as_matrix(self.forward_fn(self.module, batch))
-
-    def outputs(self, batch: object, weights: Tensors | None = None, buffers: Tensors | None = None) -> Tensor:
-        """Outputs ``[n, K]`` at the given weights."""
+    def outputs(
+        self,
+        batch: object,
+        weights: Tensors | None = None,
+        buffers: Tensors | None = None,
+        functional: Functional | None = None,
+    ) -> Tensor:
+        """Outputs ``[n, K]`` at the given weights; ``[n, 1]`` under a functional."""
         with self.evaluating(), self.at(weights, buffers), torch.no_grad():
-            return self._outputs(batch)
+            return _apply(functional, self.forward_fn(self.module, batch))
 
     def jvps(
-        self, batch: object, weights: Tensors, buffers: Tensors, directions: Sequence[Tensors]
+        self,
+        batch: object,
+        weights: Tensors,
+        buffers: Tensors,
+        directions: Sequence[Tensors],
+        functional: Functional | None = None,
     ) -> list[Tensor]:
-        """Directional derivatives ``J(x) d`` for each direction, ``[n, K]`` each.
+        """Directional derivatives ``J(x) d`` for each direction, ``[n, K]`` each; ``[n, 1]`` under a functional.
 
         Forward-mode differentiation where every operation has it, otherwise two reverse passes.
         """
@@ -152,7 +160,7 @@ class Network:
         def run(values: dict[str, Tensor]) -> Tensor:
             named = {f"module.{name}": v for name, v in values.items()}
             out: Tensor = torch.func.functional_call(self._forward, {**named, **fixed}, (batch,))
-            return as_matrix(out)
+            return _apply(functional, out)
 
         results = []
         with self.evaluating():
@@ -164,7 +172,7 @@ class Network:
     def per_example_gradients(
         self,
         batch: object,
-        functional: Callable[[Tensor], Tensor],
+        functional: Functional,
         sink: Callable[[str, PerExampleGradient], None],
         weights: Tensors | None = None,
         buffers: Tensors | None = None,
@@ -183,7 +191,7 @@ class Network:
         try:
             with self.evaluating(), self.at(weights, buffers), torch.enable_grad():
                 capture.begin(batch_size(batch), sink)
-                scalar = functional(self._outputs(batch)).sum()
+                scalar = functional(as_matrix(self.forward_fn(self.module, batch))).sum()
                 torch.autograd.grad(scalar, parameters, allow_unused=True)
                 capture.check()
         finally:
@@ -203,6 +211,11 @@ def as_matrix(outputs: object) -> Tensor:
         f"the network's outputs must be a tensor [n, K] or [n], found {found}: pass forward_fn=, a function "
         "(module, batch) -> outputs [n, K]"
     )
+
+
+def _apply(functional: Functional | None, outputs: object) -> Tensor:
+    matrix = as_matrix(outputs)
+    return matrix if functional is None else as_matrix(functional(matrix))
 
 
 def _jvp(run: Callable[[dict[str, Tensor]], Tensor], at: dict[str, Tensor], tangent: dict[str, Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,13 +10,10 @@ from torch import Tensor
 from lightning_pathkernel.capture import PerExampleGradient, matrix_shape
 from lightning_pathkernel.chord import Chord, QueryBuffer
 from lightning_pathkernel.ledger import LEDGER_TERMS, chord_terms
-from lightning_pathkernel.network import Network, batch_size
+from lightning_pathkernel.network import Functional, Network, batch_size
 from lightning_pathkernel.path import QuadratureRule
 
 __all__ = ["contributions", "kernel", "ledger", "query_features", "sums"]
-
-Functional = Callable[[Tensor], Tensor]
-"""Outputs ``[n, K]`` -> one number per row ``[n]``."""
 
 
 def sums(network: Network, batch: object, chord: Chord, rule: QuadratureRule) -> tuple[Tensor, Tensor]:
@@ -49,12 +46,34 @@ def query_features(
 
 
 def contributions(
-    network: Network, batch: object, chords: Sequence[Chord], ids: Tensor, rule: QuadratureRule, functional: Functional
+    network: Network,
+    batch: object,
+    chords: Sequence[Chord],
+    ids: Tensor,
+    rule: QuadratureRule,
+    functional: Functional,
+    gaps: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """``c_i(x)`` of eq. (7) for every example of ``ids [N]`` (sorted), ``[n, N]``."""
+    """``c_i(x)`` of eq. (7) for every example of ``ids [N]`` (sorted), ``[n, N]``.
+
+    Args:
+        network: The network.
+        batch: Queries.
+        chords: The path.
+        ids: Sorted ids; the columns of the answer.
+        rule: Quadrature along each chord.
+        functional: The scalar that is explained.
+        gaps: For each chord, what its sketch lost of the sum of contributions, ``[n]``: shared out by the control
+            variate of docs/theory.md section 4. None for contributions as they are stored.
+
+    Returns:
+        The contributions.
+    """
     out: Tensor | None = None
-    for chord in chords:
+    for index, chord in enumerate(chords):
         part = query_features(network, batch, chord, rule, functional) @ chord.rows.T
+        if gaps is not None:
+            part = part + gaps[index].unsqueeze(1) * _shares(chord.rows)
         if out is None:
             out = part.new_zeros(part.shape[0], len(ids))
         out.index_add_(1, torch.searchsorted(ids, chord.example_ids), part)
@@ -63,18 +82,42 @@ def contributions(
     return out
 
 
+def _shares(rows: Tensor) -> Tensor:
+    """``gamma_i = <row_i, S> / |S|^2`` with ``S`` the sum of all rows; they add up to 1."""
+    total = rows.sum(0)
+    return rows @ total / (total @ total).clamp_min(1e-30)
+
+
 def ledger(
-    network: Network, batch: object, chords: Sequence[Chord], rule: QuadratureRule
-) -> dict[str, Tensor]:
-    """All terms of eq. (7) for the outputs of a batch, ``[n, K]`` each; they add up to the network's outputs."""
+    network: Network,
+    batch: object,
+    chords: Sequence[Chord],
+    rule: QuadratureRule,
+    functional: Functional | None = None,
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """All terms of eq. (7) for the outputs of a batch, or for a scalar of them.
+
+    Args:
+        network: The network.
+        batch: Queries.
+        chords: The path.
+        rule: Quadrature along each chord.
+        functional: The scalar that is accounted for; None for the outputs.
+
+    Returns:
+        Term -> ``[n, K]`` (``[n, 1]`` for a scalar), adding up to the network's own; and the sketch term of each chord.
+    """
     first = chords[0]
-    terms = {name: torch.zeros(()) for name in LEDGER_TERMS}
-    terms["initial"] = network.outputs(batch, first.start, first.start_buffers)
+    initial = network.outputs(batch, first.start, first.start_buffers, functional)
+    terms = {name: torch.zeros_like(initial) for name in LEDGER_TERMS}
+    terms["initial"] = initial
+    gaps = []
     for chord in chords:
-        for name, value in chord_terms(network, batch, chord.span(), rule).items():
-            if name in terms:
-                terms[name] = terms[name] + value
-    return terms
+        found = chord_terms(network, batch, chord.span(), rule, functional)
+        gaps.append(found["sketch"])
+        for name, value in found.items():
+            terms[name] = terms[name] + value
+    return terms, gaps
 
 
 class _Whole:

@@ -44,7 +44,7 @@ def _record(optimizer_name: str) -> tuple[Network, list, torch.Tensor]:
 def test_the_ledger_adds_up_and_the_sketch_is_faithful(name: str) -> None:
     network, chords, x = _record(name)
     rule = gauss_legendre(4)
-    terms = query.ledger(network, x, chords, rule)
+    terms, _ = query.ledger(network, x, chords, rule)
     outputs = network.outputs(x)
     torch.testing.assert_close(sum(terms.values()), outputs, rtol=1e-4, atol=1e-5)
     change = (outputs - terms["initial"]).norm()

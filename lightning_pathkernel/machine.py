@@ -1,0 +1,395 @@
+"""The kernel machine: predictions, contributions and the ledger from an exported artifact, eq. (7)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pathkernel import query
+from lightning_pathkernel.capture import plan_capture
+from lightning_pathkernel.chord import Chord
+from lightning_pathkernel.chord_io import read_chord
+from lightning_pathkernel.fingerprint import CONSTANTS, check_module, load_constants
+from lightning_pathkernel.functional import kernel_machine_agreement, kernel_machine_fidelity
+from lightning_pathkernel.ledger import ERROR_TERMS
+from lightning_pathkernel.network import ForwardFn, Network, batch_size, take_rows
+from lightning_pathkernel.path import QuadratureRule, gauss_legendre
+from lightning_pathkernel.store import read_manifest, read_tensors
+
+__all__ = ["Explanation", "KernelMachine"]
+
+OutputFn = Callable[[Tensor, Tensor], Tensor]
+"""``(outputs [n, K], target [n]) -> [n]``: the scalar that is explained."""
+
+
+def pick_target(outputs: Tensor, target: Tensor) -> Tensor:
+    """The output ``target`` of each row, ``[n]``: the default output function."""
+    return outputs.gather(1, target.unsqueeze(1)).squeeze(1)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a prediction is what it is.
+
+    Attributes:
+        prediction: The explained scalar as the kernel machine predicts it, ``[Q]``.
+        example_ids: Training examples most for it, strongest first, then most against it, strongest first, ``[Q, 2k]``.
+        contributions: What each of them adds to the scalar, in its units, ``[Q, 2k]``.
+        ledger: Term of docs/theory.md section 5 -> ``[Q]``; the terms add up to the network's own scalar.
+    """
+
+    prediction: Tensor
+    example_ids: Tensor
+    contributions: Tensor
+    ledger: dict[str, Tensor]
+
+
+class KernelMachine:
+    """A trained network as ``b(x) + sum_i c_i(x)`` over its training examples.
+
+    Args:
+        module: The network's module; a private copy is kept.
+        chords: The path.
+        rule: Quadrature along each chord.
+        forward_fn: ``(module, batch) -> outputs [n, K]``; default: the module called on the batch, or on its first
+            element when the batch is a tuple or a list.
+        chunk_size: Queries processed at once.
+
+    Raises:
+        ValueError: If there are no chords.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        chords: Sequence[Chord],
+        rule: QuadratureRule | None = None,
+        forward_fn: ForwardFn | None = None,
+        chunk_size: int = 256,
+    ) -> None:
+        if not chords:
+            raise ValueError("a kernel machine needs at least one chord: the recording is empty")
+        self._network = Network(module, plan_capture(module), forward_fn)
+        self._chords = list(chords)
+        self._rule = rule or gauss_legendre(4)
+        self._chunk = chunk_size
+        self.example_ids = torch.unique(torch.cat([c.example_ids for c in self._chords]))
+
+    @classmethod
+    def load(
+        cls, path: str | Path, module: nn.Module, forward_fn: ForwardFn | None = None, quadrature_points: int = 4
+    ) -> KernelMachine:
+        """Load an exported machine.
+
+        Args:
+            path: The artifact's directory.
+            module: A module of the architecture that was trained; its weights do not matter and stay as they are.
+            forward_fn: As in training, if one was given there.
+            quadrature_points: Gauss-Legendre points along each chord.
+
+        Returns:
+            The machine.
+
+        Raises:
+            ArtifactError: If the artifact is damaged or of another format, or if the module's parameter names, shapes
+                or dtypes differ from the manifest's; every difference is named.
+        """
+        directory = Path(path)
+        manifest = read_manifest(directory)
+        check_module(module, manifest["module"])
+        private = _copy(module)
+        constants, _ = read_tensors(directory / CONSTANTS)
+        load_constants(private, constants)
+        chords = [read_chord(directory / name) for name in manifest["chords"]]
+        return cls(private, chords, gauss_legendre(quadrature_points), forward_fn)
+
+    @property
+    def chords(self) -> tuple[Chord, ...]:
+        """The chords, in the order of training."""
+        return tuple(self._chords)
+
+    def without(self, example_ids: Tensor | Sequence[int]) -> KernelMachine:
+        """The machine with these examples' rows taken out; its predictions change by exactly their contributions."""
+        from dataclasses import replace
+
+        drop = torch.as_tensor(example_ids).reshape(-1)
+        chords = []
+        for chord in self._chords:
+            keep = ~torch.isin(chord.example_ids, drop)
+            chords.append(
+                replace(
+                    chord,
+                    example_ids=chord.example_ids[keep],
+                    rows=chord.rows[keep],
+                    self_inner=chord.self_inner[keep],
+                )
+            )
+        return KernelMachine(self._network.module, chords, self._rule, self._network.forward_fn, self._chunk)
+
+    # totals
+
+    def predict(self, x: Any) -> Tensor:
+        """The network's outputs rebuilt from the bias and the stored examples, eq. (7), ``[Q, K]``."""
+        return self._over(x, lambda part: self._bias_and_examples(part)[0])
+
+    def bias(self, x: Any) -> Tensor:
+        """``b(x)``: the initial model, weight decay and buffers, ``[Q, K]``."""
+        return self._over(x, lambda part: self._bias_and_examples(part)[1])
+
+    def _bias_and_examples(self, x: Any) -> tuple[Tensor, Tensor]:
+        """Prediction and bias, ``[n, K]`` each."""
+        first = self._chords[0]
+        bias = self._network.outputs(x, first.start, first.start_buffers)
+        examples = torch.zeros_like(bias)
+        for chord in self._chords:
+            part, part_bias = query.sums(self._network, x, chord, self._rule)
+            examples, bias = examples + part, bias + part_bias
+        return bias + examples, bias
+
+    def network_outputs(self, x: Any) -> Tensor:
+        """Outputs of the network that the machine stands for, at the end of its path, ``[Q, K]``."""
+        last = self._chords[-1]
+        end = last.weights(1.0)
+        return self._over(x, lambda part: self._network.outputs(part, end, last.end_buffers))
+
+    def fidelity(self, dataloader: Iterable[Any]) -> dict[str, float]:
+        """How well the machine reproduces its network on batches of inputs.
+
+        Args:
+            dataloader: Batches as in validation.
+
+        Returns:
+            ``fidelity``, ``agreement`` and the error budget ``error_quadrature``, ``error_sketch`` and
+            ``error_unattributed``: norms relative to that of the learned change ``f_T - b``.
+        """
+        predictions, targets, biases, errors = [], [], [], []
+        for batch in dataloader:
+            for part in self._chunks(batch):
+                prediction, bias = self._bias_and_examples(part)
+                terms, _ = query.ledger(self._network, part, self._chords, self._rule)
+                predictions.append(prediction)
+                biases.append(bias)
+                targets.append(self._end_outputs(part))
+                errors.append(torch.stack([terms[name] for name in ERROR_TERMS]))
+        prediction, target, bias = torch.cat(predictions), torch.cat(targets), torch.cat(biases)
+        change = (target - bias).norm().clamp_min(1e-30)
+        budget = {
+            f"error_{name}": float(error.norm() / change)
+            for name, error in zip(ERROR_TERMS, torch.cat(errors, dim=1), strict=True)
+        }
+        return {
+            "fidelity": float(kernel_machine_fidelity(prediction, target, bias)),
+            "agreement": float(kernel_machine_agreement(prediction, target)),
+            **budget,
+        }
+
+    def _end_outputs(self, x: Any) -> Tensor:
+        last = self._chords[-1]
+        return self._network.outputs(x, last.weights(1.0), last.end_buffers)
+
+    # parts
+
+    def contributions(self, x: Any, target: Tensor | None = None, output_fn: OutputFn | None = None) -> Tensor:
+        """``c_i(x)`` for every training example ever visited, ``[Q, N]``, in the order of ``example_ids``.
+
+        Args:
+            x: Queries.
+            target: What is explained of each, ``[Q]``; None for the predicted class, or the only output.
+            output_fn: ``(outputs [n, K], target [n]) -> [n]``; default: the output ``target``.
+
+        Returns:
+            Contributions, in the units of the scalar explained; positive ones speak for it.
+        """
+        target = self._targets(x, target)
+        parts = []
+        for part, rows in self._with_rows(x, target):
+            functional = _functional(output_fn, rows)
+            parts.append(
+                query.contributions(self._network, part, self._chords, self.example_ids, self._rule, functional)
+            )
+        return torch.cat(parts)
+
+    def explain(
+        self,
+        x: Any,
+        target: Tensor | None = None,
+        top_k: int = 10,
+        output_fn: OutputFn | None = None,
+        complete: bool = True,
+    ) -> Explanation:
+        """The training examples most for and most against each prediction, and the ledger of all of it.
+
+        Args:
+            x: Queries.
+            target: As in `contributions`.
+            top_k: Examples on each side.
+            output_fn: As in `contributions`.
+            complete: Correct every contribution by the control variate of docs/theory.md section 4, chord by chord, so
+                that all contributions add up to the ledger's ``examples + sketch``: the ledger's ``sketch`` term is
+                what was shared out. Without it they add up to ``examples``.
+
+        Returns:
+            The explanation.
+        """
+        target = self._targets(x, target)
+        pieces = [self._explain(part, rows, top_k, output_fn, complete) for part, rows in self._with_rows(x, target)]
+        ledger = {name: torch.cat([p.ledger[name] for p in pieces]) for name in pieces[0].ledger}
+        return Explanation(
+            torch.cat([p.prediction for p in pieces]),
+            torch.cat([p.example_ids for p in pieces]),
+            torch.cat([p.contributions for p in pieces]),
+            ledger,
+        )
+
+    def _explain(self, x: Any, target: Tensor, top_k: int, output_fn: OutputFn | None, complete: bool) -> Explanation:
+        functional = _functional(output_fn, target)
+        terms, gaps = query.ledger(self._network, x, self._chords, self._rule, functional)
+        found = query.contributions(
+            self._network, x, self._chords, self.example_ids, self._rule, functional,
+            [gap[:, 0] for gap in gaps] if complete else None,
+        )  # fmt: skip
+        k = min(top_k, found.shape[1])
+        best, worst = found.topk(k, dim=1), found.topk(k, dim=1, largest=False)
+        ledger = {name: value[:, 0] for name, value in terms.items()}
+        return Explanation(
+            ledger["initial"] + ledger["examples"] + ledger["decay"] + ledger["buffers"],
+            self.example_ids[torch.cat([best.indices, worst.indices], dim=1)],
+            torch.cat([best.values, worst.values], dim=1),
+            ledger,
+        )
+
+    def kernel(
+        self,
+        x: Any,
+        x2: Any | None = None,
+        target: Tensor | None = None,
+        target2: Tensor | None = None,
+        output_fn: OutputFn | None = None,
+    ) -> Tensor:
+        """The path kernel ``K(x, x2) [Q, Q2]``, in units of squared output per unit of learning rate x time.
+
+        Computed from whole gradients on both sides, so it needs no stored example; symmetric and positive
+        semi-definite when ``x2`` is None.
+
+        Args:
+            x: Queries.
+            x2: Other queries; None for ``x`` itself.
+            target: Output of each query, ``[Q]``; None for the trace over outputs.
+            target2: Output of each other query, ``[Q2]``; None for the same as ``target`` where ``x2`` is None.
+            output_fn: As in `contributions`.
+
+        Returns:
+            The kernel matrix.
+
+        Raises:
+            ValueError: If only one of the two targets is given.
+        """
+        if x2 is not None and (target is None) != (target2 is None):
+            raise ValueError("give both target and target2, or neither (the trace over outputs)")
+        if target is None and output_fn is None:
+            count = self._end_outputs(take_rows(x, 0, 1)).shape[1]
+            n, n2 = batch_size(x), batch_size(x if x2 is None else x2)
+            columns = [(torch.full((n,), k), torch.full((n2,), k)) for k in range(count)]
+            return torch.stack([self._kernel(x, x2, a, b, None) for a, b in columns]).sum(0)
+        chosen = torch.zeros(batch_size(x), dtype=torch.long) if target is None else target
+        other = chosen if target2 is None else target2
+        return self._kernel(x, x2, chosen, other, output_fn)
+
+    def _kernel(self, x: Any, x2: Any | None, target: Tensor, target2: Tensor, output_fn: OutputFn | None) -> Tensor:
+        second = None if x2 is None else (x2, _functional(output_fn, target2))
+        first = (x, _functional(output_fn, target))
+        return query.kernel(self._network, first, second, self._chords, self._rule)
+
+    def coefficients(
+        self, x: Any, x_train: Any, ids: Tensor, target: Tensor, target_train: Tensor | None = None
+    ) -> Tensor:
+        """The paper's ``a_i(x) = c_i(x) / K(x, x_i)``, ``[Q, len(ids)]``; NaN where the kernel is 0.
+
+        Args:
+            x: Queries.
+            x_train: The inputs of the training examples ``ids``, row by row.
+            ids: Their ids.
+            target: Output of each query, ``[Q]``.
+            target_train: Output of each training example in the kernel, ``[len(ids)]``; None for the trace over
+                the training example's outputs at the query's target, which is the target itself.
+
+        Returns:
+            The coefficients.
+
+        Raises:
+            KeyError: If an id was never visited in training.
+        """
+        ids = torch.as_tensor(ids)
+        unknown = ids[~torch.isin(ids, self.example_ids)]
+        if len(unknown):
+            raise KeyError(f"examples {unknown.tolist()[:10]} were never visited in training")
+        found = self.contributions(x, target)[:, torch.searchsorted(self.example_ids, ids)]
+        kernel = torch.empty_like(found)
+        for value in target.unique():
+            rows = (target == value).nonzero().flatten()
+            other = torch.full((len(ids),), int(value)) if target_train is None else target_train
+            kernel[rows] = self.kernel(_select(x, rows), x_train, target[rows], other)
+        return torch.where(kernel == 0, torch.full_like(found, torch.nan), found / kernel)
+
+    def self_influence(self) -> Tensor:
+        """Each example's contribution to its own loss over training, ``[N]``, in the order of ``example_ids``.
+
+        Negative: training on an example lowers its own loss. Measured in training, visit by visit, as
+        ``-weight * <g_i, D g_i>`` with the gradient ``g_i`` as it reached the optimiser, times the rows of the step, so
+        that with a mean-reduced loss the unit is that of one example's loss. Large magnitudes mark examples that the
+        network had to bend for: rare, hard or mislabelled ones.
+        """
+        out = torch.zeros(len(self.example_ids), dtype=torch.float64)
+        for chord in self._chords:
+            out.index_add_(0, torch.searchsorted(self.example_ids, chord.example_ids), chord.self_inner.double())
+        return out.float()
+
+    # chunks
+
+    def _targets(self, x: Any, target: Tensor | None) -> Tensor:
+        if target is None:
+            return self.network_outputs(x).argmax(1)
+        if target.shape != (batch_size(x),):
+            raise ValueError(f"target must have shape ({batch_size(x)},), found {tuple(target.shape)}")
+        return target
+
+    def _chunks(self, x: Any) -> Iterator[Any]:
+        for start in range(0, batch_size(x), self._chunk):
+            yield take_rows(x, start, start + self._chunk)
+
+    def _with_rows(self, x: Any, target: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        for part, start in zip(self._chunks(x), range(0, batch_size(x), self._chunk), strict=True):
+            yield part, target[start : start + self._chunk]
+
+    def _over(self, x: Any, answer: Callable[[Any], Tensor]) -> Tensor:
+        return torch.cat([answer(part) for part in self._chunks(x)])
+
+
+def _functional(output_fn: OutputFn | None, target: Tensor) -> Callable[[Tensor], Tensor]:
+    chosen = output_fn or pick_target
+    return lambda outputs: chosen(outputs, target.to(outputs.device))
+
+
+def _select(x: Any, rows: Tensor) -> Any:
+    from torch.utils import _pytree as pytree
+
+    n = batch_size(x)
+    return pytree.tree_map(lambda v: v[rows] if isinstance(v, Tensor) and v.dim() and v.shape[0] == n else v, x)
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A deep copy without a trainer behind it."""
+    trainer = module.__dict__.pop("_trainer", None)
+    try:
+        return copy.deepcopy(module)
+    finally:
+        if trainer is not None:
+            module.__dict__["_trainer"] = trainer
+
+
