@@ -11,3 +11,7 @@ PY := .venv/bin/python
 .PHONY: test
 test: .venv/.installed
 	$(PY) -m pytest
+
+.PHONY: demo
+demo: .venv/.installed
+	$(PY) examples/digits.py

@@ -7,7 +7,7 @@ but for clipping, and `after_step` once the weights have moved. A chord is close
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -285,9 +285,10 @@ class PathRecorder:
 
     def close_chord(self) -> None:
         """End the open chord at the weights as they are now and hand it on; nothing happens if it is empty."""
-        if self.steps == self._first_step:
-            return
         chord = self.snapshot()
+        if chord is None:
+            return
+        chord = self._compressed(chord)
         for name, value in chord.delta.items():
             if not bool(value.isfinite().all()):
                 raise NonFiniteError(f"weights of {name!r} are not finite at optimiser step {self.steps}")
@@ -298,12 +299,10 @@ class PathRecorder:
         self._open(previous)
         self._on_chord(chord)
 
-    def snapshot(self) -> Chord:
-        """The open chord as if it ended here.
-
-        Returns:
-            The chord, in memory.
-        """
+    def snapshot(self) -> Chord | None:
+        """The open chord as if it ended here, with first-stage rows; None right after a node."""
+        if self.steps == self._first_step:
+            return None
         end = self.network.weights()
         parts = self._displacement.parts(end)
         start_buffers, end_buffers = self._start_buffers, self.network.buffers()
@@ -311,17 +310,14 @@ class PathRecorder:
         ids = torch.cat([step.ids for step in self._rows])
         unique, inverse = torch.unique(ids, return_inverse=True)
         rows = visits.new_zeros(len(unique), visits.shape[1]).index_add_(0, inverse.to(visits.device), visits)
-        chord = Chord(
+        return Chord(
             self._chords, self._first_step, self.steps, self._displacement.learning_time, unique, rows,
             rows.new_zeros(len(unique)), dict(self._sketches), None, dict(self._displacement.start), parts.delta,
             start_buffers, end_buffers, parts.preconditioner, parts.decay, parts.residual,
         )  # fmt: skip
-        return self._compressed(chord)
 
     def _compressed(self, chord: Chord) -> Chord:
         """Bring the rows down to ``sketch_dim`` by the second stage."""
-        from dataclasses import replace
-
         if chord.rows.shape[1] <= self.settings.sketch_dim:
             return chord
         query = self._query_features(chord) if self._probes is not None else None

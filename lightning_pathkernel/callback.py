@@ -1,0 +1,362 @@
+"""`PathKernelCallback`: Lightning's hooks, translated for the recorder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from lightning_pathkernel.capture import CaptureError, plan_capture
+from lightning_pathkernel.chord import Chord
+from lightning_pathkernel.chord_io import write_chord
+from lightning_pathkernel.exporter import KernelMachineExporter, open_recording, record_metrics
+from lightning_pathkernel.identity import IdentityError, LoaderIndices, user_ids
+from lightning_pathkernel.lightning_probes import collect_probes
+from lightning_pathkernel.network import ForwardFn, Network, batch_size
+from lightning_pathkernel.optim import UnsupportedOptimizerError, optimizer_rule
+from lightning_pathkernel.path import gauss_legendre, node_schedule
+from lightning_pathkernel.probes import ProbeTracker
+from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
+from lightning_pathkernel.sketch import SketchSettings
+
+__all__ = ["PathKernelCallback"]
+
+
+class PathKernelCallback(pl.Callback):
+    """Record the path kernel of a fit, log how faithful the kernel machine is, and export it.
+
+    Args:
+        dirpath: Where recording and machine are written; None resolves as `ModelCheckpoint`'s does: the first logger's
+            directory, else the trainer's ``default_root_dir``, with ``pathkernel`` added.
+        sketch_dim: Numbers stored per training example and chord, all layers together.
+        nodes: Chords of the coarse-grained path; more of them share the total more finely among examples.
+        probes: Validation examples followed during training for the logged metrics.
+        example_ids: None for dataset indices, found without your help; or a function ``batch -> LongTensor [n]``.
+        forward_fn: ``(pl_module, batch) -> outputs [n, K]``; default: the module called on the batch, or on its first
+            element when the batch is a tuple or a list.
+        seed: Seed of the private random generator of the sketches; the global one is never touched.
+        export: Write the machine when fitting ends.
+        prog_bar: Show the fidelity in the progress bar.
+        sketch: Kind of sketch: ``balanced``, ``deflated``, ``random`` or ``identity``.
+
+    Raises:
+        ValueError: If a number is not positive.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        sketch_dim: int = 256,
+        nodes: int = 32,
+        probes: int = 256,
+        example_ids: Callable[[Any], Tensor] | None = None,
+        forward_fn: ForwardFn | None = None,
+        seed: int = 0,
+        export: bool = True,
+        prog_bar: bool = False,
+        sketch: str = "balanced",
+    ) -> None:
+        for name, value in (("sketch_dim", sketch_dim), ("nodes", nodes)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, found {value}")
+        if probes < 0:
+            raise ValueError(f"probes must not be negative, found {probes}")
+        self.dirpath = dirpath
+        self.sketch_dim = sketch_dim
+        self.nodes = nodes
+        self.probes = probes
+        self.example_ids = example_ids
+        self.forward_fn = forward_fn
+        self.seed = seed
+        self.export = export
+        self.prog_bar = prog_bar
+        self.sketch = sketch
+        self.machine_dir: Path | None = None
+        self.recording_dir: Path | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._recorder: PathRecorder | None = None
+        self._tracker: ProbeTracker | None = None
+        self._handles: list[RemovableHandle] = []
+        self._sources: dict[int, LoaderIndices] = {}
+        self._process: Callable[[object], object] | None = None
+        self._history: list[dict[str, float]] = []
+        self._active = False
+        self._own_seconds = 0.0
+        self._step_seconds = 0.0
+        self._batch_started = 0.0
+
+    # before training
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check what can be checked, and hook in where the training loader is processed."""
+        if stage != "fit":
+            return
+        self._release(trainer)
+        self._active = not trainer.fast_dev_run
+        if not self._active:
+            rank_zero_info("PathKernelCallback: fast_dev_run, nothing is recorded.")
+            return
+        _check_trainer(trainer)
+        if self.example_ids is None:
+            self._watch_loaders(trainer)
+
+    def _watch_loaders(self, trainer: pl.Trainer) -> None:
+        """Wrap the batch sampler of every loader as the strategy processes it; which is training's shows later."""
+        strategy = trainer.strategy
+        original = strategy.process_dataloader
+
+        def process(loader: object) -> object:
+            processed = original(loader)
+            if trainer.state.stage == "train":
+                try:
+                    self._sources[id(processed)] = LoaderIndices(processed)  # type: ignore[arg-type]
+                except IdentityError as error:
+                    raise MisconfigurationException(str(error)) from error
+            return processed
+
+        strategy.process_dataloader = process  # type: ignore[method-assign,assignment]
+        self._process = original
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Everything is there now: optimiser, loaders, weights. Begin the recording."""
+        if not self._active:
+            return
+        try:
+            self._begin(trainer, pl_module)
+        except (CaptureError, UnsupportedOptimizerError) as error:
+            self._release(trainer)
+            raise MisconfigurationException(str(error)) from error
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if len(trainer.optimizers) != 1:
+            raise MisconfigurationException(
+                f"PathKernelCallback records one optimiser, found {len(trainer.optimizers)}: use a single optimiser "
+                "with parameter groups."
+            )
+        optimizer = trainer.optimizers[0]
+        optimizer_rule(optimizer)
+        schedule = self._schedule(trainer)
+        network = Network(pl_module, plan_capture(pl_module), self.forward_fn)
+        probes = collect_probes(trainer, pl_module, self.probes)
+        directory = self._resolve(trainer)
+        self.recording_dir, self.machine_dir = directory / "recording", directory / "machine"
+        open_recording(self.recording_dir, pl_module, self._facts(pl_module, optimizer, schedule))
+        if probes is not None:
+            self._check_forward(network, probes)
+            self._tracker = ProbeTracker(network, probes, gauss_legendre(4), self.seed)
+        settings = RecorderSettings(schedule, self.sketch_dim, SketchSettings(self.sketch), self.seed)
+        self._recorder = PathRecorder(network, optimizer, settings, probes, self._on_chord)
+        self._recorder.capture.attach()
+        self._handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    def _schedule(self, trainer: pl.Trainer) -> list[int]:
+        steps = trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise MisconfigurationException(
+                "PathKernelCallback places its nodes over the whole fit: give the Trainer max_epochs or max_steps."
+            )
+        if self.nodes > steps:
+            rank_zero_warn(f"nodes={self.nodes} is more than the {steps} optimiser steps: every step gets its own node.")
+        return node_schedule(int(steps), self.nodes)
+
+    def _facts(
+        self, module: pl.LightningModule, optimizer: torch.optim.Optimizer, schedule: list[int]
+    ) -> dict[str, Any]:
+        return {
+            "module_class": type(module).__name__,
+            "optimizer": {"name": type(optimizer).__name__},
+            "settings": {"sketch_dim": self.sketch_dim, "nodes": schedule, "seed": self.seed, "sketch": self.sketch},
+        }
+
+    def _check_forward(self, network: Network, probes: object) -> None:
+        try:
+            network.outputs(probes)
+        except Exception as error:
+            raise MisconfigurationException(
+                f"the network's outputs could not be had on a validation batch: {error}. Pass forward_fn=, a function "
+                "(pl_module, batch) -> outputs [n, K]."
+            ) from error
+
+    def _resolve(self, trainer: pl.Trainer) -> Path:
+        """The directory of this fit; a directory with anything in it is never written to."""
+        if self.dirpath is not None:
+            base = Path(self.dirpath)
+            mine = self.recording_dir is not None
+            if not mine and base.exists() and any(base.iterdir()):
+                raise MisconfigurationException(
+                    f"dirpath {str(base)!r} is not empty (it has {min(p.name for p in base.iterdir())!r}): nothing is "
+                    "overwritten. Choose another dirpath, or remove it."
+                )
+        elif trainer.loggers:
+            logger = trainer.loggers[0]
+            version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+            base = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version / "pathkernel"
+        else:
+            base = Path(trainer.default_root_dir) / "pathkernel"
+        base = Path(str(trainer.strategy.broadcast(str(base))))
+        return _unused(base)
+
+    # every batch and step
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Tell the recorder which examples are coming."""
+        if self._recorder is None:
+            return
+        self._batch_started = start = time.perf_counter()
+        self._recorder.begin_batch(self._ids(trainer, batch))
+        self._own_seconds += time.perf_counter() - start
+
+    def _ids(self, trainer: pl.Trainer, batch: Any) -> Tensor:
+        try:
+            n = batch_size(batch)
+            if self.example_ids is not None:
+                return user_ids(self.example_ids, batch, n)
+            ids = self._training_source(trainer).pop()
+        except (IdentityError, ValueError) as error:
+            raise MisconfigurationException(str(error)) from error
+        if len(ids) != n:
+            raise MisconfigurationException(
+                f"the loader drew {len(ids)} examples, but the batch has {n} rows: its collate function drops or adds "
+                "rows. Pass example_ids=, a function batch -> LongTensor [n]."
+            )
+        return ids
+
+    def _training_source(self, trainer: pl.Trainer) -> LoaderIndices:
+        loader = trainer.train_dataloader
+        source = self._sources.get(id(loader))
+        if source is None:
+            raise IdentityError(
+                "Cannot tell which examples are in a batch: training draws from several loaders. Pass example_ids=, a "
+                "function batch -> LongTensor [n]."
+            )
+        return source
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The batch's gradients are all in."""
+        if self._recorder is not None:
+            self._recorder.end_batch()
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Gradients are complete, but not clipped."""
+        if self._recorder is not None:
+            start = time.perf_counter()
+            self._recorder.before_step()
+            self._own_seconds += time.perf_counter() - start
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        if self._recorder is not None:
+            start = time.perf_counter()
+            self._recorder.after_step()
+            self._own_seconds += time.perf_counter() - start
+
+    def _on_chord(self, chord: Chord) -> None:
+        if self.recording_dir is None:
+            raise RuntimeError("a chord closed before the recording was opened")
+        write_chord(self.recording_dir, chord)
+        if self._tracker is not None:
+            self._tracker.advance(chord)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the share of the time spent recording."""
+        if self._recorder is not None:
+            self._step_seconds += time.perf_counter() - self._batch_started
+
+    # metrics
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log how faithful the kernel machine is at this moment of training."""
+        if self._recorder is None or trainer.sanity_checking or self._recorder.steps == 0:
+            return
+        values = {"overhead": self._overhead()}
+        if self._tracker is not None:
+            values.update(self._tracker.metrics(self._recorder.snapshot()))
+        named = {f"pathkernel/{name}": value for name, value in values.items()}
+        for name, value in named.items():
+            self.log(name, value, prog_bar=self.prog_bar and name == "pathkernel/fidelity")
+        self._history.append({"step": float(self._recorder.steps), **values})
+
+    def _overhead(self) -> float:
+        """Share of the training steps' time spent recording."""
+        if self._recorder is None or self._step_seconds == 0:
+            return 0.0
+        return (self._own_seconds + self._recorder.capture.seconds) / self._step_seconds
+
+    # the end
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close the last chord and export."""
+        if self._recorder is None or self.recording_dir is None or self.machine_dir is None:
+            return
+        self._recorder.close_chord()
+        record_metrics(self.recording_dir, self._history)
+        if self.export:
+            KernelMachineExporter(self.recording_dir).export(self.machine_dir)
+        self._release(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind; chords closed so far stay exportable."""
+        self._release(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave no hook behind."""
+        if stage == "fit":
+            self._release(trainer)
+
+    def _release(self, trainer: pl.Trainer) -> None:
+        if self._recorder is not None:
+            self._recorder.capture.detach()
+        for handle in self._handles:
+            handle.remove()
+        for source in self._sources.values():
+            source.restore()
+        if self._process is not None:
+            del trainer.strategy.process_dataloader
+        self._forget()
+
+
+def _check_trainer(trainer: pl.Trainer) -> None:
+    """Refuse by name what is not supported yet."""
+    if type(trainer.strategy) is not SingleDeviceStrategy:
+        raise MisconfigurationException(
+            f"PathKernelCallback does not support the strategy {type(trainer.strategy).__name__}: train on one device "
+            "(strategy='auto', devices=1)."
+        )
+    if str(trainer.precision) != "32-true" and str(trainer.precision) != "64-true":
+        raise MisconfigurationException(
+            f"PathKernelCallback does not support precision={trainer.precision!r}: use '32-true' or '64-true'."
+        )
+    if trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm) not in ("norm", "GradClipAlgorithmType.NORM"):
+        raise MisconfigurationException(
+            "PathKernelCallback does not support gradient_clip_algorithm='value': clip by norm, which scales all "
+            "gradients alike."
+        )
+    if trainer.ckpt_path is not None:
+        raise MisconfigurationException(
+            "PathKernelCallback cannot resume a recording from a checkpoint: its path must begin with the fit."
+        )
+
+
+def _unused(base: Path) -> Path:
+    """``base``, or ``base-v1``, ``base-v2``, ... where there is something already."""
+    candidate, version = base, 0
+    while candidate.exists() and any(candidate.iterdir()):
+        version += 1
+        candidate = base.with_name(f"{base.name}-v{version}")
+    return candidate

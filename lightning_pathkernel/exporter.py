@@ -1,0 +1,156 @@
+"""A recording, finished or interrupted, becomes a kernel machine's artifact: a directory published in one rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_pathkernel.chord_io import chord_name
+from lightning_pathkernel.fingerprint import CONSTANTS, constants, describe_module
+from lightning_pathkernel.store import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    ArtifactError,
+    file_table,
+    fsync_directory,
+    publish,
+    publish_json,
+    publish_tensors,
+)
+
+__all__ = ["KernelMachineExporter", "RECORDING", "open_recording", "record_metrics"]
+
+RECORDING = "recording.json"
+METRICS = "metrics.json"
+
+
+def open_recording(directory: Path, module: nn.Module, facts: Mapping[str, Any]) -> None:
+    """Begin a recording: what is recorded of which module, and the state that training will not move.
+
+    Args:
+        directory: Where; made if missing, and refused if a recording is there.
+        module: The network, before its first step.
+        facts: JSON-able description of the run.
+
+    Raises:
+        FileExistsError: If a recording is there already.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    publish_json(directory / RECORDING, {"module": describe_module(module), **facts})
+    publish_tensors(directory / CONSTANTS, constants(module), {"format": "pt"})
+
+
+def record_metrics(directory: Path, history: list[dict[str, float]]) -> None:
+    """Publish the metrics that were logged, epoch by epoch; a newer history replaces an older one."""
+    path = directory / METRICS
+    staged = publish_json(directory / f"{METRICS}.{secrets.token_hex(4)}", {"history": history})
+    os.replace(staged, path)
+
+
+class KernelMachineExporter:
+    """Turns a recording into an artifact.
+
+    Args:
+        recording_dir: The recording's directory.
+
+    Raises:
+        ArtifactError: If there is no recording, or it has no closed chord.
+    """
+
+    def __init__(self, recording_dir: str | Path) -> None:
+        self.directory = Path(recording_dir)
+        path = self.directory / RECORDING
+        if not path.is_file():
+            raise ArtifactError(f"{self.directory} is not a recording: it has no {RECORDING}")
+        self.facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        self.chords = self._find_chords()
+
+    def _find_chords(self) -> list[str]:
+        found = sorted(p.name for p in self.directory.glob("chord-*.safetensors"))
+        expected = [chord_name(i) for i in range(len(found))]
+        if not found:
+            raise ArtifactError(f"{self.directory} has no closed chord yet: nothing was learned that could be exported")
+        if found != expected:
+            raise ArtifactError(f"{self.directory}: {min(set(expected) - set(found))} is missing from the recording")
+        return found
+
+    def export(self, out_dir: str | Path) -> Path:
+        """Write the artifact.
+
+        Args:
+            out_dir: Where it is to be; it must not exist or be an empty directory.
+
+        Returns:
+            ``out_dir``.
+
+        Raises:
+            FileExistsError: If there is something at ``out_dir``; nothing is overwritten.
+        """
+        out = Path(out_dir)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise FileExistsError(f"{out} exists and is not empty: choose another place for the machine")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staged = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            self._stage(staged)
+            if out.exists():
+                out.rmdir()
+            staged.rename(out)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+        fsync_directory(out.parent)
+        return out
+
+    def _stage(self, staged: Path) -> None:
+        staged.mkdir()
+        for name in [*self.chords, CONSTANTS, *([METRICS] if (self.directory / METRICS).is_file() else [])]:
+            _place(self.directory / name, staged / name)
+        publish(staged / "README.md", lambda path: _write(path, self._card()))
+        manifest = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "required_features": [],
+            "chords": self.chords,
+            "files": file_table(staged),
+            **{k: self.facts[k] for k in ("module", "optimizer", "settings")},
+            "libraries": {"torch": torch.__version__},
+        }
+        publish_json(staged / MANIFEST, manifest)
+
+    def _card(self) -> str:
+        lines = [
+            "# Kernel machine",
+            "",
+            f"Path kernel of a {self.facts['module_class']} trained with {self.facts['optimizer']['name']}: "
+            f"{len(self.chords)} chords, at most {self.facts['settings']['sketch_dim']} numbers per example and chord.",
+            "",
+        ]
+        path = self.directory / METRICS
+        history = json.loads(path.read_text(encoding="utf-8"))["history"] if path.is_file() else []
+        if history:
+            lines += ["Last logged on the validation probes:", "", "| metric | value |", "|---|---|"]
+            lines += [f"| {name} | {value:.6g} |" for name, value in sorted(history[-1].items())]
+        else:
+            lines.append("No fidelity was logged: training had no validation data.")
+        return "\n".join([*lines, "", "Load it with `lightning_pathkernel.KernelMachine.load(directory, module)`.", ""])
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _place(source: Path, target: Path) -> None:
+    """Hard link where the file system can, copy otherwise: both are immutable once published."""
+    try:
+        os.link(source, target)
+    except OSError:
+        publish(target, lambda temporary: shutil.copyfile(source, temporary) and None)
