@@ -1,17 +1,41 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
-PY := .venv/bin/python
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := test
+MAKEFLAGS += --no-builtin-rules
 
-.venv/.installed: pyproject.toml constraints.txt
+PY := .venv/bin/python
+INSTALLED := .venv/.installed
+
+.PHONY: demo test test-slow lint types bench clean
+
+# The stamp is written last: an installation that broke off is begun again.
+$(INSTALLED): pyproject.toml constraints.txt
 	test -x $(PY) || python3 -m venv .venv
-	$(PY) -m pip install -q -c constraints.txt torch==2.13.0
-	$(PY) -m pip install -q -c constraints.txt -e ".[dev]"
+	.venv/bin/pip install -c constraints.txt torch==2.13.0
+	.venv/bin/pip install -c constraints.txt -e ".[dev]"
 	touch $@
 
-.PHONY: test
-test: .venv/.installed
+demo: $(INSTALLED)
+	$(PY) examples/digits.py
+
+test: $(INSTALLED)
 	$(PY) -m pytest
 
-.PHONY: demo
-demo: .venv/.installed
-	$(PY) examples/digits.py
+test-slow: $(INSTALLED)
+	$(PY) -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(INSTALLED)
+	$(PY) -m mypy
+
+bench: $(INSTALLED)
+	$(PY) -m benchmarks.step_time
+
+# What was made, but not the environment, which takes minutes: remove .venv by hand.
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache examples/out runs lightning_logs
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -54,7 +54,7 @@ def measure(network: str, optimizer: str, steps: int, sketch_dim: int) -> dict[s
         opt = OPTIMIZERS[optimizer](model.parameters())
         rec = None
         if recorded:
-            settings = RecorderSettings([0, 10, steps + 100], sketch_dim, SketchSettings())
+            settings = RecorderSettings([0, 10, steps + 100], sketch_dim, SketchSettings(), clipping=False)
             rec = PathRecorder(Network(model, plan_capture(model)), opt, settings, None, lambda chord: None)
             rec.capture.attach()
         sides.append((model, opt, x, y, rec))

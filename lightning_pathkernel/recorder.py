@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from lightning_pathkernel.optim import ParameterUpdate, optimizer_rule
 from lightning_pathkernel.path import QuadratureRule, gauss_legendre
 from lightning_pathkernel.recording.basis import fit_basis, probe_gradients, random_cotangent
 from lightning_pathkernel.recording.displacement import ChordDisplacement
-from lightning_pathkernel.recording.rows import StepRows, carry_over, sketch_blocks, weighted
+from lightning_pathkernel.recording.rows import StepRows, carry_over, weighted
 from lightning_pathkernel.recording.visits import VisitWeights
 from lightning_pathkernel.sketch import KroneckerSketch, SketchSettings, fit_second_stage
 
@@ -38,6 +39,7 @@ class RecorderSettings:
         nodes: Optimiser steps at which chords end, rising, the first one 0.
         sketch_dim: Numbers stored per example and chord.
         sketch: How sketches are fitted.
+        clipping: Whether gradients may be changed between the backward pass and the step.
         seed: Seed of the private random generator.
         rule: Quadrature along a chord, where the recorder needs one.
     """
@@ -46,6 +48,7 @@ class RecorderSettings:
     sketch_dim: int = 256
     sketch: SketchSettings = field(default_factory=SketchSettings)
     seed: int = 0
+    clipping: bool = True
     rule: QuadratureRule = field(default_factory=lambda: gauss_legendre(2))
 
 
@@ -84,13 +87,14 @@ class PathRecorder:
         self._shapes = {name: p.shape for name, p in network.parameters.items()}
         self._seen: set[str] = set()
         self._visits = VisitWeights(self._names)
-        self._rows: list[StepRows] = []
+        self._rows: list[list[StepRows]] = []
+        self._step: list[StepRows] = []
+        self._ends = frozenset(settings.nodes[1:])
+        self._by_id = {id(p): name for name, p in network.parameters.items()}
         self._sketches: dict[str, KroneckerSketch] = {}
         self._fitted = False
         self._chords = 0
-        self._held: list[tuple[Tensor, dict[str, list[PerExampleGradient]]]] = []
-        self._step_rows: list[StepRows] = []
-        self._slices: dict[str, slice] = {}
+        self._held: list[dict[str, list[PerExampleGradient]]] = []
         self._norms: Tensor | None = None
         self._open(None)
 
@@ -105,20 +109,15 @@ class PathRecorder:
 
     def begin_batch(self, ids: Tensor) -> None:
         """Expect the per-example gradients of a batch whose examples are ``ids [n]``."""
-        n = len(ids)
-        if not self._fitted:
-            blocks: dict[str, list[PerExampleGradient]] = {}
-            self._held.append((ids, blocks))
-            self.capture.begin(n, lambda name, gradient: blocks.setdefault(name, []).append(gradient))
-            return
-        like = next(iter(self.network.parameters.values()))
-        features = torch.zeros(n, sum(s.features for s in self._sketches.values()), device=like.device, dtype=like.dtype)
-        self._step_rows.append(StepRows(ids, features))
-
-        def sink(name: str, gradient: PerExampleGradient) -> None:
-            features[:, self._slices[name]] += self._sketches[name].train(gradient)
-
-        self.capture.begin(n, sink)
+        rows = StepRows(ids)
+        self._step.append(rows)
+        if self._fitted:
+            sketches = self._sketches
+            self.capture.begin(len(ids), lambda name, gradient: rows.add(name, sketches[name], gradient))
+        else:
+            held: dict[str, list[PerExampleGradient]] = {}
+            self._held.append(held)
+            self.capture.begin(len(ids), lambda name, gradient: held.setdefault(name, []).append(gradient))
 
     def end_batch(self) -> None:
         """The batch's backward pass is over.
@@ -133,12 +132,10 @@ class PathRecorder:
 
     def before_step(self) -> None:
         """The gradients are complete, but not clipped yet."""
-        self._norms = self._gradient_norms()
-        if self._needs_weights():
+        if self.settings.clipping:
+            self._norms = self._gradient_norms()
+        if self._displacement.decay_buffers or any(g["weight_decay"] for g in self._optimizer.param_groups):
             self._displacement.remember(self.network.parameters)
-
-    def _needs_weights(self) -> bool:
-        return bool(self._displacement.decay_buffers) or any(g["weight_decay"] for g in self._optimizer.param_groups)
 
     def _gradient_norms(self) -> Tensor:
         grads = [p.grad for p in self.network.parameters.values() if p.grad is not None]
@@ -153,36 +150,30 @@ class PathRecorder:
             CaptureError: If the gradients are not those that were captured.
             NonFiniteError: If they are not finite.
         """
-        updates = self._updates()
         coefficient = self._clip_coefficient()
-        self._visits.step(updates)
+        for rows in self._step:
+            rows.coefficient = coefficient
+        self._visits.step(self._take_updates())
         if not self._fitted:
             self._fit(coefficient)
-        else:
-            for part in self._step_rows:
-                part.features *= coefficient
-            self._rows.append(_joined(self._step_rows))
-        self._step_rows, self._held = [], []
+        self._rows.append(self._step)
+        self._step, self._held = [], []
         self.steps += 1
-        if self.steps in self.settings.nodes[1:]:
+        if self.steps in self._ends:
             self.close_chord()
 
     def _clip_coefficient(self) -> float:
-        """What clipping by norm multiplied every gradient with.
-
-        Raises:
-            NonFiniteError: If the gradients are not finite.
-            CaptureError: If they were changed by anything but one common factor.
-        """
-        if self._norms is None:
-            raise RuntimeError("after_step without before_step")
+        """What clipping by norm multiplied every gradient with."""
         after = self._gradient_norms()
-        total, clipped = float(self._norms.norm()), float(after.norm())
-        if not (total < float("inf") and clipped < float("inf")):
+        clipped = float(after.norm())
+        if not clipped < float("inf"):
             raise NonFiniteError(
                 f"gradients are not finite at optimiser step {self.steps}: the path ends there. Everything up to step "
                 f"{self._first_step} was recorded. Lower the learning rate, clip the gradients, or check the data."
             )
+        if self._norms is None:
+            return 1.0
+        total = float(self._norms.norm())
         factor = clipped / total if total > 0 else 1.0
         if float((after - factor * self._norms).abs().max()) > 1e-3 * clipped:
             raise CaptureError(
@@ -191,65 +182,78 @@ class PathRecorder:
             )
         return factor
 
-    def _updates(self) -> dict[str, ParameterUpdate]:
-        """The scalars of every parameter that moved, noted in the chord's running sums."""
-        names = {id(p): name for name, p in self.network.parameters.items()}
-        updates = {}
+    def _take_updates(self) -> dict[ParameterUpdate, list[str]]:
+        """The parameters that moved, by the scalars of their update; noted in the chord's running sums."""
+        moved: dict[ParameterUpdate, list[str]] = {}
         for group in self._optimizer.param_groups:
-            for parameter in group["params"]:
-                name = names.get(id(parameter))
-                if name is None or parameter.grad is None:
-                    continue
-                state = self._optimizer.state[parameter]
-                updates[name] = update = self._rule.update(group, state, name not in self._seen)
-                self._seen.add(name)
-                self._displacement.step(name, parameter, update, self._rule, group, state)
+            buckets = self._buckets(group)
+            for update, names in buckets.items():
+                states = [self._optimizer.state[self.network.parameters[name]] for name in names]
+                if self._displacement.decays(update):
+                    self._displacement.step_decay(names, update)
+                if self._rule.diagonal:
+                    directions = [self._rule.buffer(state) for state in states]
+                    denominators = self._rule.denominators(group, states)
+                    known = [d for d in directions if d is not None]
+                    self._displacement.step_preconditioned(names, update, known, denominators)
+                moved.setdefault(update, []).extend(names)
         self._displacement.learning_time += float(self._optimizer.param_groups[0]["lr"])
-        return updates
+        return moved
+
+    def _buckets(self, group: dict[str, Any]) -> dict[ParameterUpdate, list[str]]:
+        buckets: dict[ParameterUpdate, list[str]] = {}
+        known: dict[tuple[float, bool], ParameterUpdate] = {}
+        for parameter in group["params"]:
+            name = self._by_id.get(id(parameter))
+            if name is None or parameter.grad is None:
+                continue
+            state = self._optimizer.state[parameter]
+            key = (float(state.get("step", 0)), name not in self._seen)
+            if key not in known:
+                known[key] = self._rule.update(group, state, key[1])
+            buckets.setdefault(known[key], []).append(name)
+            self._seen.add(name)
+        return buckets
 
     # one chord
 
     def _fit(self, coefficient: float) -> None:
         """Choose the chord's basis from its first step, which was held back for it, and sketch that step."""
-        blocks = self._held[0][1]
-        if not blocks:
+        if not any(self._held):
             raise CaptureError(
                 "no layer's gradient was seen in the backward pass: the hooks did not fire. A compiled module must be "
                 "compiled after the fit has begun; manual gradients are not supported."
             )
         self._check_sum(coefficient)
         probes = {} if self._probes is None else self._probe_blocks()
-        preconditioner = self._preconditioner()
         old = self._sketches
         self._sketches = fit_basis(
-            blocks, probes, preconditioner, self._shapes, self.settings.sketch, self._generator
+            self._held[0], probes, self._preconditioner(), self._shapes, self.settings.sketch, self._generator
         )
-        self._slices = _slices(self._sketches)
         if self._rows:
             tail = self._visits.buffered[: len(self._rows)]
-            self._rows = carry_over(self._rows, tail, self._tail_momentum(coefficient), old, self._sketches)
-        parts = [
-            StepRows(ids, sketch_blocks(self._sketches, held, len(ids)) * coefficient) for ids, held in self._held
-        ]
-        self._rows.append(_joined(parts))
+            self._rows = carry_over(self._rows, tail, self._tail_momentum(), old, self._sketches)
+        for rows, held in zip(self._step, self._held, strict=True):
+            for name, uses in held.items():
+                for use in uses:
+                    rows.add(name, self._sketches[name], use)
         self._fitted = True
 
     def _probe_blocks(self) -> dict[str, list[PerExampleGradient]]:
         return probe_gradients(self.network, self._probes, random_cotangent(self._generator))
 
     def _preconditioner(self) -> dict[str, Tensor]:
-        if not self._rule.diagonal:
-            return {}
-        names = {id(p): name for name, p in self.network.parameters.items()}
-        return {
-            names[id(p)]: self._rule.preconditioner(group, self._optimizer.state[p])
-            for group in self._optimizer.param_groups
-            for p in group["params"]
-            if id(p) in names and self._optimizer.state[p]
-        }
+        """D of the latest step, by parameter; empty for the identity."""
+        out: dict[str, Tensor] = {}
+        for group in self._optimizer.param_groups if self._rule.diagonal else ():
+            for names in self._buckets(group).values():
+                states = [self._optimizer.state[self.network.parameters[name]] for name in names]
+                found = self._rule.denominators(group, states)
+                out.update({name: d.reciprocal() for name, d in zip(names, found, strict=True)})
+        return out
 
-    def _tail_momentum(self, coefficient: float) -> dict[str, Tensor]:
-        """What the momentum buffers hold of the examples of earlier chords, as matrices."""
+    def _tail_momentum(self) -> dict[str, Tensor]:
+        """What the momentum buffers hold of the examples of earlier steps, as matrices."""
         out = {}
         newest = self._visits.buffered[-1]
         for j, (name, parameter) in enumerate(self.network.parameters.items()):
@@ -271,7 +275,7 @@ class PathRecorder:
         for name, parameter in self.network.parameters.items():
             if parameter.grad is None:
                 continue
-            uses = [use.total() for _, held in self._held for use in held.get(name, ())]
+            uses = [use.total() for held in self._held for use in held.get(name, ())]
             captured = torch.stack(uses).sum(0) if uses else torch.zeros_like(parameter).flatten()
             gap = float((captured.reshape(parameter.shape) * coefficient - parameter.grad).norm())
             if gap > 1e-3 * float(parameter.grad.norm()) and gap > 1e-5 * largest:
@@ -307,7 +311,7 @@ class PathRecorder:
         parts = self._displacement.parts(end)
         start_buffers, end_buffers = self._start_buffers, self.network.buffers()
         visits = weighted(self._rows, self._visits.weights, self._sketches)
-        ids = torch.cat([step.ids for step in self._rows])
+        ids = torch.cat([part.ids for step in self._rows for part in step])
         unique, inverse = torch.unique(ids, return_inverse=True)
         rows = visits.new_zeros(len(unique), visits.shape[1]).index_add_(0, inverse.to(visits.device), visits)
         return Chord(
@@ -344,17 +348,3 @@ class PathRecorder:
                     buffer(name, use)
             parts.append(buffer.features())
         return torch.cat(parts)
-
-
-def _joined(parts: list[StepRows]) -> StepRows:
-    if len(parts) == 1:
-        return parts[0]
-    return StepRows(torch.cat([p.ids for p in parts]), torch.cat([p.features for p in parts]))
-
-
-def _slices(sketches: dict[str, KroneckerSketch]) -> dict[str, slice]:
-    out, start = {}, 0
-    for name, sketch in sketches.items():
-        out[name] = slice(start, start + sketch.features)
-        start += sketch.features
-    return out

@@ -46,6 +46,10 @@ class PerExampleGradient(Protocol):
         """``left @ G_n @ right.T``, shape ``[n, k_left, k_right]``; ``None`` stands for the identity."""
         ...
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """``left [n, r]`` and ``right [n, c]`` where every ``G_n`` is their outer product, else None."""
+        ...
+
     def dense(self) -> Tensor:
         """The gradients themselves, ``[n, r, c]``."""
         ...
@@ -88,6 +92,9 @@ class DenseGradient:
         out = self.gradients if right is None else self.gradients @ right.T
         return out if left is None else left @ out
 
+    def factors(self) -> None:
+        """Not of rank one."""
+
     def dense(self) -> Tensor:
         """``[n, r, c]``."""
         return self.gradients
@@ -119,10 +126,11 @@ class FactoredGradient:
 
     def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """Two thin products and a sum over positions, ``[n, k_left, k_right]``."""
-        rows, columns = _thin(self.left, left), _thin(self.right, right)
-        if rows.shape[1] == 1:
-            return rows.transpose(1, 2) * columns
-        return rows.transpose(1, 2) @ columns
+        return _thin(self.left, left).transpose(1, 2) @ _thin(self.right, right)
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """The two factors, where there is one position."""
+        return (self.left[:, 0], self.right[:, 0]) if self.left.shape[1] == 1 else None
 
     def dense(self) -> Tensor:
         """``[n, r, c]``."""
@@ -164,6 +172,9 @@ class IndexedGradient:
             out = columns.new_zeros(self.n, self.rows, columns.shape[2])
             return out.scatter_add_(1, self.indices.unsqueeze(2).expand_as(columns), columns)
         return left.T[self.indices].transpose(1, 2) @ columns
+
+    def factors(self) -> None:
+        """Not of rank one."""
 
     def dense(self) -> Tensor:
         """``[n, r, c]``."""
@@ -208,6 +219,9 @@ class ConvGradient:
         else:
             columns = self.geometry.convolve(self.inputs, right).flatten(2)
         return rows @ columns.transpose(1, 2)
+
+    def factors(self) -> None:
+        """Not of rank one."""
 
     def dense(self) -> Tensor:
         """``[n, r, c]``."""

@@ -106,9 +106,11 @@ class GradientCapture:
         sink = self._sink
         if sink is None or not torch.is_grad_enabled():
             return
-        start = time.perf_counter()
         owner = self._owners.get(id(module))
         pending = self._pending.pop(id(module), {})
+        if owner is None and not pending:
+            return
+        start = time.perf_counter()
         if owner is not None and (owner.rule is None or not self._batched(module, args, kwargs, output)):
             pending = {**pending, **owner.parameters}
             owner = None
@@ -139,6 +141,10 @@ class GradientCapture:
         lifted.update({f"{prefix}.{name}": canonical for name, canonical in pending.items()})
 
     def _batched(self, module: nn.Module, args: tuple[object, ...], kwargs: object, output: object) -> bool:
+        if type(output) is Tensor and len(args) == 1 and type(args[0]) is Tensor and not kwargs:
+            dim, n = batch_dimension(module), self._n
+            first = args[0]
+            return first.dim() > dim and first.shape[dim] == n and output.dim() > dim and output.shape[dim] == n
         dim = batch_dimension(module)
         inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         outputs = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
@@ -156,9 +162,12 @@ class GradientCapture:
         output: object,
         sink: GradientSink,
     ) -> None:
-        tensors = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
         training, n = owner.module.training, self._n
-        args, kwargs = pytree.tree_map(_detached, (args, kwargs))
+        if type(output) is Tensor and len(args) == 1 and type(args[0]) is Tensor and not kwargs:
+            tensors, args = [output], (args[0].detach(),)
+        else:
+            tensors = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+            args, kwargs = pytree.tree_map(_detached, (args, kwargs))
         for index, tensor in enumerate(tensors):
             if not tensor.requires_grad:
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from torch.nn import functional as F  # noqa: N812
 
 __all__ = ["ConvGeometry"]
 
+_CONVOLVED = 16
+"""Windows of at most this many numbers are written out by a convolution, which is faster than slicing."""
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -33,6 +36,9 @@ class ConvGeometry:
 
     def unfold(self, inputs: Tensor) -> Tensor:
         """Every window written out, ``[n, c_in * window, positions]``."""
+        size = inputs.shape[1] * math.prod(self.kernel)
+        if size <= _CONVOLVED:
+            return self.convolve(inputs, torch.eye(size, dtype=inputs.dtype, device=inputs.device)).flatten(2)
         columns = []
         for offset in itertools.product(*(range(size) for size in self.kernel)):
             where = [slice(None), slice(None)]

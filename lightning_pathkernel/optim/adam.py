@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,8 +47,11 @@ class AdamRule:
         buffer: Tensor = state["exp_avg"]
         return buffer
 
-    def preconditioner(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor:
-        """``1 / (sqrt(v_hat) + eps)``."""
-        second: Tensor = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-        correction = 1.0 - float(group["betas"][1]) ** float(state["step"])
-        return second.div(correction).sqrt_().add_(float(group["eps"])).reciprocal_()
+    def denominators(self, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+        """``sqrt(v_hat) + eps``."""
+        second = [state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"] for state in states]
+        correction = 1.0 - float(group["betas"][1]) ** float(states[0]["step"])
+        out = torch._foreach_div(second, correction)
+        torch._foreach_sqrt_(out)
+        torch._foreach_add_(out, float(group["eps"]))
+        return list(out)

@@ -12,7 +12,7 @@ with scalars read after the step and a diagonal preconditioner D (None for the i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,8 +65,8 @@ class OptimizerRule(Protocol):
         """The momentum buffer ``b`` after the step, if there is one."""
         ...
 
-    def preconditioner(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor:
-        """D of the latest step, with the parameter's shape; called for diagonal optimisers only."""
+    def denominators(self, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+        """``1 / D`` of the latest step of parameters with equal scalars, new tensors; for diagonal optimisers only."""
         ...
 
 

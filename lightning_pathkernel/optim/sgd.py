@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,10 @@ class SGDRule:
         buffer: Tensor | None = state.get("momentum_buffer")
         return buffer
 
-    def preconditioner(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor:
-        """There is none."""
+    def denominators(self, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+        """There are none.
+
+        Raises:
+            TypeError: Always.
+        """
         raise TypeError("SGD has no preconditioner")

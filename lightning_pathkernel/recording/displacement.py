@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_pathkernel.network import Tensors
-from lightning_pathkernel.optim import OptimizerRule, ParameterUpdate
+from lightning_pathkernel.optim import ParameterUpdate
 
 __all__ = ["ChordDisplacement", "DisplacementParts"]
 
@@ -42,97 +42,92 @@ class ChordDisplacement:
     def __init__(self, start: Tensors, decay_buffers: Mapping[str, Tensor] | None = None) -> None:
         self.start = dict(start)
         self.decay_buffers = dict(decay_buffers or {})
+        self.learning_time = 0.0
         self._before: dict[str, Tensor] = {}
         self._moved: dict[str, Tensor] = {}
-        self._lower: dict[str, Tensor] = {}
+        self._largest: dict[str, Tensor] = {}
         self._upper: dict[str, Tensor] = {}
         self._decoupled: dict[str, Tensor] = {}
         self._coupled: dict[str, Tensor] = {}
-        self.learning_time = 0.0
 
     def remember(self, parameters: Mapping[str, Tensor]) -> None:
         """Note the weights before a step; needed only where there is weight decay."""
-        self._before = {name: p.detach().clone() for name, p in parameters.items()}
+        if not self._before:
+            self._before = {name: torch.empty_like(p) for name, p in parameters.items()}
+        torch._foreach_copy_(list(self._before.values()), [p.detach() for p in parameters.values()])
 
-    def step(
-        self, name: str, parameter: Tensor, update: ParameterUpdate, rule: OptimizerRule,
-        group: Mapping[str, object], state: Mapping[str, Tensor],
-    ) -> None:  # fmt: skip
-        """Take in one parameter's step, after it was made."""
-        if update.coupled_decay or update.decay_rate or name in self.decay_buffers:
-            self._step_decay(name, update)
-        if not rule.diagonal:
-            return
-        gradient = parameter.grad
-        direction = _direction(update, rule.buffer(state), gradient)
-        preconditioner = rule.preconditioner(group, state)
-        if name not in self._moved:
-            self._moved[name] = torch.zeros_like(direction)
-            self._lower[name] = torch.full_like(direction, torch.inf)
-            self._upper[name] = torch.zeros_like(direction)
-        self._moved[name].add_(direction, alpha=update.rate)
-        still = direction == 0
-        torch.minimum(self._lower[name], preconditioner.masked_fill(still, torch.inf), out=self._lower[name])
-        torch.maximum(self._upper[name], preconditioner.masked_fill(still, 0.0), out=self._upper[name])
+    def decays(self, update: ParameterUpdate) -> bool:
+        """Whether weight decay is part of this update, or still in a momentum buffer."""
+        return bool(update.coupled_decay or update.decay_rate or self.decay_buffers)
 
-    def _step_decay(self, name: str, update: ParameterUpdate) -> None:
-        before = self._before[name]
+    def step_decay(self, names: Sequence[str], update: ParameterUpdate) -> None:
+        """Take in the weight decay of one step of some parameters; `remember` came before it."""
+        before = [self._before[name] for name in names]
         if update.decay_rate:
-            _accumulate(self._decoupled, name, before, -update.decay_rate)
-        pulled = before * update.coupled_decay
+            torch._foreach_add_(_sums(self._decoupled, names, before), before, alpha=-update.decay_rate)
+        if not update.coupled_decay and not self.decay_buffers:
+            return
+        pulled = torch._foreach_mul(before, update.coupled_decay)
         if update.from_buffer:
-            buffer = self.decay_buffers.setdefault(name, torch.zeros_like(before))
-            buffer.mul_(update.keep).add_(pulled, alpha=update.inject)
-            _accumulate(self._coupled, name, buffer, update.rate * update.from_buffer)
+            buffers = _sums(self.decay_buffers, names, before)
+            torch._foreach_mul_(buffers, update.keep)
+            torch._foreach_add_(buffers, pulled, alpha=update.inject)
+            rate = update.rate * update.from_buffer
+            torch._foreach_add_(_sums(self._coupled, names, before), buffers, alpha=rate)
         if update.from_gradient:
-            _accumulate(self._coupled, name, pulled, update.rate * update.from_gradient)
+            rate = update.rate * update.from_gradient
+            torch._foreach_add_(_sums(self._coupled, names, before), pulled, alpha=rate)
+
+    def step_preconditioned(
+        self, names: Sequence[str], update: ParameterUpdate, directions: list[Tensor], denominators: list[Tensor]
+    ) -> None:
+        """Take in one step of parameters with a preconditioner ``D = 1 / denominator``.
+
+        Args:
+            names: The parameters.
+            update: Their scalars.
+            directions: ``m``, or ``m / from_buffer`` where the optimiser keeps it in a buffer; not changed.
+            denominators: Overwritten.
+        """
+        scale = update.from_buffer or update.from_gradient
+        torch._foreach_add_(_sums(self._moved, names, directions), directions, alpha=update.rate * scale)
+        torch._foreach_maximum_(_sums(self._largest, names, directions), denominators)
+        torch._foreach_reciprocal_(denominators)
+        # a coordinate that has not moved yet has a D that means nothing: it must not bound the secant
+        moving = torch._foreach_sign(directions)
+        torch._foreach_abs_(moving)
+        torch._foreach_mul_(denominators, moving)
+        torch._foreach_maximum_(_sums(self._upper, names, directions), denominators)
 
     def parts(self, end: Tensors) -> DisplacementParts:
         """The parts of the displacement from the start to ``end``; may be asked before the chord closes."""
         delta = {name: end[name] - w for name, w in self.start.items()}
         secants = {name: self._secant(name, delta[name]) for name in self._moved}
-        decay, residual = {}, {}
+        decay: dict[str, Tensor] = {}
+        residual: dict[str, Tensor] = {}
         for name in delta:
-            coupled = self._coupled.get(name)
-            if coupled is not None:
-                coupled = coupled * secants[name] if name in secants else coupled
-            part = _sum(self._decoupled.get(name), None if coupled is None else -coupled)
-            if part is not None:
-                decay[name] = part
+            parts = [self._decoupled[name]] if name in self._decoupled else []
+            if name in self._coupled:
+                parts.append(-self._coupled[name] * secants[name] if name in secants else -self._coupled[name])
+            if parts:
+                decay[name] = torch.stack(parts).sum(0)
             if name in secants:
                 attributed = (self._coupled.get(name, 0) - self._moved[name]) * secants[name]
-                rest = delta[name] - attributed if part is None else delta[name] - attributed - part
-                residual[name] = rest
+                residual[name] = delta[name] - attributed - decay.get(name, 0)
         return DisplacementParts(delta, secants, decay, residual)
 
     def _secant(self, name: str, delta: Tensor) -> Tensor:
-        """``clip(sum_s D_s m_s / sum_s m_s)`` between the least and the greatest D of the steps that moved it."""
-        moved, own = self._moved[name], delta
-        if name in self._decoupled:
-            own = delta - self._decoupled[name]
+        """``clip(sum_s D_s m_s / sum_s m_s)`` between the least and the greatest D of the chord's steps."""
+        moved, upper = self._moved[name], self._upper[name]
+        own = delta - self._decoupled[name] if name in self._decoupled else delta
         ratio = torch.where(moved == 0, torch.zeros_like(moved), -own / moved)
-        clipped = torch.minimum(torch.maximum(ratio, self._lower[name]), self._upper[name])
-        return torch.where(self._upper[name] == 0, torch.zeros_like(clipped), clipped)
+        lower = torch.minimum(self._largest[name].reciprocal(), upper)
+        return torch.minimum(torch.maximum(ratio, lower), upper)
 
 
-def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor, alpha: float) -> None:
-    if name not in sums:
-        sums[name] = torch.zeros_like(value)
-    sums[name].add_(value, alpha=alpha)
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
-
-
-def _direction(update: ParameterUpdate, buffer: Tensor | None, gradient: Tensor | None) -> Tensor:
-    parts: Tensor | None = None
-    if update.from_buffer and buffer is not None:
-        parts = buffer * update.from_buffer
-    if update.from_gradient and gradient is not None:
-        parts = _sum(parts, gradient * (update.from_gradient * update.sign))
-    if parts is None:
-        raise ValueError("an update with neither a buffer nor a gradient")
-    return parts
+def _sums(sums: dict[str, Tensor], names: Sequence[str], like: Sequence[Tensor]) -> list[Tensor]:
+    """The running sums of these parameters, zero where there are none yet."""
+    for name, value in zip(names, like, strict=True):
+        if name not in sums:
+            sums[name] = torch.zeros_like(value)
+    return [sums[name] for name in names]

@@ -28,37 +28,40 @@ class VisitWeights:
     def __init__(self, parameters: Sequence[str], horizon: float = 1e-3) -> None:
         self._columns = {name: j for j, name in enumerate(parameters)}
         self._horizon = horizon
-        self._buffered = np.zeros((0, len(parameters)))
-        self._first = np.zeros((0, len(parameters)))
-        self._weights = np.zeros((0, len(parameters)))
-
-    def __len__(self) -> int:
-        """Number of steps held."""
-        return len(self._weights)
+        self._steps = 0
+        self._buffered, self._first, self._weights = (np.zeros((16, len(parameters))) for _ in range(3))
 
     @property
     def weights(self) -> Array:
         """Weights so far, ``[steps, parameters]``."""
-        return self._weights
+        return self._weights[: self._steps]
 
     @property
     def buffered(self) -> Array:
         """Share of each step's gradient in the momentum buffers, ``[steps, parameters]``."""
-        return self._buffered
+        return self._buffered[: self._steps]
 
-    def step(self, updates: Mapping[str, ParameterUpdate]) -> None:
-        """Take in one optimiser step; parameters without an update sat it out."""
-        width = len(self._columns)
-        keep, inject, out, direct = np.ones(width), np.zeros(width), np.zeros(width), np.zeros(width)
-        for name, update in updates.items():
-            j = self._columns[name]
-            keep[j] = update.keep
-            inject[j] = update.inject * update.sign if update.from_buffer else 0.0
-            out[j], direct[j] = update.rate * update.from_buffer, update.rate * update.from_gradient * update.sign
-        self._buffered = np.vstack([self._buffered * keep, inject])
-        self._first = np.vstack([self._first, inject])
-        self._weights = np.vstack([self._weights, direct])
-        self._weights += out * self._buffered
+    def step(self, updates: Mapping[ParameterUpdate, Sequence[str]]) -> None:
+        """Take in one optimiser step: the parameters that moved, by their scalars; the others sat it out."""
+        if self._steps == len(self._weights):
+            self._grow()
+        new = self._steps
+        self._steps += 1
+        for update, names in updates.items():
+            where: slice | list[int] = slice(None)
+            if len(names) < len(self._columns):
+                where = [self._columns[name] for name in names]
+            if update.from_buffer:
+                self._buffered[:new, where] *= update.keep
+                self._buffered[new, where] = self._first[new, where] = update.inject * update.sign
+                self._weights[: new + 1, where] += update.rate * update.from_buffer * self._buffered[: new + 1, where]
+            if update.from_gradient:
+                self._weights[new, where] += update.rate * update.from_gradient * update.sign
+
+    def _grow(self) -> None:
+        for name in ("_buffered", "_first", "_weights"):
+            old = getattr(self, name)
+            setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
 
     def close(self) -> npt.NDArray[np.intp]:
         """Start the next chord.
@@ -66,9 +69,12 @@ class VisitWeights:
         Returns:
             Indices of the steps that stay, because a momentum buffer still holds them.
         """
-        scale = np.abs(self._first).max(axis=1)
-        alive = np.abs(self._buffered).max(axis=1) > self._horizon * np.maximum(scale, 1e-300)
-        kept = np.flatnonzero(alive)
-        self._buffered, self._first = self._buffered[kept], self._first[kept]
-        self._weights = np.zeros_like(self._buffered)
+        first = self._first[: self._steps]
+        scale = np.maximum(np.abs(first).max(axis=1), 1e-300)
+        kept = np.flatnonzero(np.abs(self.buffered).max(axis=1) > self._horizon * scale)
+        size = max(16, 2 * len(kept))
+        fresh = [np.zeros((size, first.shape[1])) for _ in range(3)]
+        fresh[0][: len(kept)], fresh[1][: len(kept)] = self.buffered[kept], first[kept]
+        self._buffered, self._first, self._weights = fresh
+        self._steps = len(kept)
         return kept

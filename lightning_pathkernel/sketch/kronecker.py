@@ -12,13 +12,12 @@ with D the chord's preconditioner (1 for SGD), eq. (8) of docs/theory.md. ``None
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 __all__ = ["Contractible", "KroneckerSketch"]
-
-from typing import Protocol
 
 
 class Contractible(Protocol):
@@ -69,6 +68,12 @@ class KroneckerSketch:
     def train(self, gradient: Contractible) -> Tensor:
         """Features of training examples, ``[n, k_left * k_right]``."""
         return gradient.project(self.train_left, self.train_right).flatten(1)
+
+    def train_factors(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """`train` of outer products ``left [n, r] x right [n, c]``, as two factors ``[n, k_left]``, ``[n, k_right]``."""
+        if self.train_left is not None:
+            left = left @ self.train_left.T
+        return left, right if self.train_right is None else right @ self.train_right.T
 
     def query(self, gradient: Contractible, preconditioner: Tensor | None = None) -> Tensor:
         """Features of queries, ``[n, k_left * k_right]``; ``preconditioner [r, c]`` is D."""
