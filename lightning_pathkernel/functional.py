@@ -1,7 +1,8 @@
 r"""How faithfully a kernel machine reproduces its network: two pure functions.
 
-Each is an ``_update``, which turns a batch into sums, and a ``_compute``, which turns sums into the value. The classes
-of `lightning_pathkernel.metrics` add the sums up over batches and ranks, so that function and class cannot disagree.
+Each is an ``_update``, which turns a batch into sums, and a ``_compute``, which turns sums into the value.
+The classes of `lightning_pathkernel.metrics` add the sums up over batches and ranks, so that function and
+class cannot disagree.
 
 n: example, K: output. A tensor ``[n]`` is read as ``[n, 1]``.
 """
@@ -19,15 +20,18 @@ def _rows(**tensors: Tensor) -> list[Tensor]:
     found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
     shapes = {tuple(tensor.shape) for tensor in tensors.values()}
     if len(shapes) > 1:
-        raise ValueError(f"Shapes differ: found {found}; expected the same [n, K], or the same [n], for all of them.")
+        raise ValueError(
+            f"Shapes differ: found {found}; expected the same [n, K], or the same [n], for all of them."
+        )
     shape = shapes.pop()
     if len(shape) not in (1, 2):
         raise ValueError(
-            f"Wrong number of dimensions: found {found}; expected [n, K] or [n]. Flatten further dimensions into K."
+            f"Wrong number of dimensions: found {found}; expected [n, K] or [n]. "
+            "Flatten further dimensions into K."
         )
     if shape[1:] == (0,):
         raise ValueError(f"No outputs: found {found}; expected [n, K] with K of at least 1.")
-    return [tensor.reshape(shape[0], -1) if len(shape) == 2 else tensor.unsqueeze(1) for tensor in tensors.values()]
+    return [tensor if tensor.dim() == 2 else tensor.unsqueeze(1) for tensor in tensors.values()]
 
 
 def _accumulable(tensor: Tensor) -> Tensor:
@@ -66,10 +70,11 @@ def _kernel_machine_fidelity_compute(squared_error: Tensor, squared_change: Tens
         n: Number of rows seen.
 
     Returns:
-        The fidelity, a scalar: nan where no row was seen; where nothing was learned, 1 for an exact machine, else -inf.
+        The fidelity, a scalar: nan where no row was seen; where nothing was learned, 1 for an exact machine,
+        else -inf.
     """
-    # Only 0 / 0 has to be told what it means: error / 0 is inf already. The denominator is replaced, not the result,
-    # so that no nan reaches the gradient.
+    # Only 0 / 0 has to be told what it means: error / 0 is inf already. The denominator is replaced, not the
+    # result, so that no nan reaches the gradient.
     exact = (squared_error == 0) & (squared_change == 0)
     fidelity = 1 - squared_error / squared_change.masked_fill(exact, 1.0)
     return fidelity.masked_fill(n == 0, torch.nan)
@@ -82,10 +87,11 @@ def kernel_machine_fidelity(prediction: Tensor, target: Tensor, baseline: Tensor
         \text{fidelity} = 1 - \frac{\sum_{i=1}^n \lVert y_i - \hat y_i \rVert^2}
                                    {\sum_{i=1}^n \lVert y_i - b_i \rVert^2}
 
-    where :math:`\hat y_i` is the machine's prediction, :math:`y_i` the network's output and :math:`b_i` the bias alone,
-    which is what the machine says before any training example has spoken. 1 is perfect, 0 is no better than the bias,
-    and there is no lower bound. Unlike the usual R squared, the yardstick is the bias of each row and not the mean of
-    the targets. Sums are taken in float64 over rows and outputs alike, so outputs on a larger scale weigh more.
+    where :math:`\hat y_i` is the machine's prediction, :math:`y_i` the network's output and :math:`b_i` the
+    bias alone, which is what the machine says before any training example has spoken. 1 is perfect, 0 is no
+    better than the bias, and there is no lower bound. Unlike the usual R squared, the yardstick is the bias
+    of each row and not the mean of the targets. Sums are taken in float64 over rows and outputs alike, so
+    outputs on a larger scale weigh more.
 
     Args:
         prediction: Outputs of the kernel machine, ``[n, K]`` or ``[n]``.
@@ -154,8 +160,9 @@ def kernel_machine_agreement(prediction: Tensor, target: Tensor) -> Tensor:
         \text{agreement} = \frac{1}{n} \sum_{i=1}^n \mathbb{1}[d(\hat y_i) = d(y_i)], \qquad
         d(y) = \begin{cases} \arg\max_k y_k & K > 1 \\ \mathbb{1}[y > 0] & K = 1 \end{cases}
 
-    where :math:`\hat y_i` is the machine's prediction and :math:`y_i` the network's output. With a single output the
-    decision is its sign, as for a logit; zero counts as negative. A row with a nan on either side never agrees.
+    where :math:`\hat y_i` is the machine's prediction and :math:`y_i` the network's output. With a single
+    output the decision is its sign, as for a logit; zero counts as negative. A row with a nan on either side
+    never agrees.
 
     Args:
         prediction: Outputs of the kernel machine, ``[n, K]`` or ``[n]``.

@@ -1,8 +1,8 @@
 """How faithfully a kernel machine reproduces its network, over batches and ranks: two torchmetrics.
 
-The arithmetic is in `lightning_pathkernel.functional`; here it is only added up. States are scalars, summed over ranks,
-and named after their metric: a `MetricCollection` puts metrics whose states have the same names and first values into
-one compute group, where only one of them is updated.
+The arithmetic is in `lightning_pathkernel.functional`; here it is only added up. States are scalars, summed
+over ranks, and named after their metric: a `MetricCollection` puts metrics whose states have the same names
+and first values into one compute group, where only one of them is updated.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class KernelMachineFidelity(Metric):
     .. math::
         \text{fidelity} = 1 - \frac{\sum_i \lVert y_i - \hat y_i \rVert^2}{\sum_i \lVert y_i - b_i \rVert^2}
 
-    where :math:`\hat y_i` is the machine's prediction, :math:`y_i` the network's output and :math:`b_i` the bias alone.
-    1 is perfect, 0 is no better than the bias, and there is no lower bound. Where nothing was learned it is 1 if the
-    machine is exact and -inf if not; before any row was seen it is nan.
+    where :math:`\hat y_i` is the machine's prediction, :math:`y_i` the network's output and :math:`b_i` the
+    bias alone. 1 is perfect, 0 is no better than the bias, and there is no lower bound. Where nothing was
+    learned it is 1 if the machine is exact and -inf if not; before any row was seen it is nan.
 
-    As input to ``forward`` and ``update``: ``prediction``, ``target`` and ``baseline``, each ``[n, K]`` or ``[n]``. As
-    output of ``forward`` and ``compute``: a scalar in float64. The sums are float64; before moving the metric to a
-    device without it (MPS), call ``set_dtype(torch.float32)``.
+    As input to ``forward`` and ``update``: ``prediction``, ``target`` and ``baseline``, each ``[n, K]`` or
+    ``[n]``. As output of ``forward`` and ``compute``: a scalar in float64. The sums are float64; before
+    moving the metric to a device without it (MPS), call ``set_dtype(torch.float32)``.
 
     Args:
         kwargs: Passed on to `torchmetrics.Metric`.
@@ -62,7 +62,9 @@ class KernelMachineFidelity(Metric):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_state("fidelity_squared_error", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("fidelity_squared_change", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state(
+            "fidelity_squared_change", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum"
+        )
         self.add_state("fidelity_rows", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, target: Tensor, baseline: Tensor) -> None:
@@ -111,11 +113,11 @@ class KernelMachineAgreement(Metric):
         \text{agreement} = \frac{1}{n} \sum_{i=1}^n \mathbb{1}[d(\hat y_i) = d(y_i)], \qquad
         d(y) = \begin{cases} \arg\max_k y_k & K > 1 \\ \mathbb{1}[y > 0] & K = 1 \end{cases}
 
-    where :math:`\hat y_i` is the machine's prediction and :math:`y_i` the network's output. Zero counts as negative; a
-    row with a nan on either side never agrees; before any row was seen the agreement is nan.
+    where :math:`\hat y_i` is the machine's prediction and :math:`y_i` the network's output. Zero counts as
+    negative; a row with a nan on either side never agrees; before any row was seen the agreement is nan.
 
-    As input to ``forward`` and ``update``: ``prediction`` and ``target``, each ``[n, K]`` or ``[n]``. As output of
-    ``forward`` and ``compute``: a scalar in float64.
+    As input to ``forward`` and ``update``: ``prediction`` and ``target``, each ``[n, K]`` or ``[n]``. As
+    output of ``forward`` and ``compute``: a scalar in float64.
 
     Args:
         kwargs: Passed on to `torchmetrics.Metric`.

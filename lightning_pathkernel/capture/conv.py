@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import cast
 
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from lightning_pathkernel.capture.gradients import (
     ConvGradient,
     DenseGradient,
     PerExampleGradient,
     grouped_conv_gradient,
-    pad_inputs,
     vector_gradient,
 )
 from lightning_pathkernel.capture.rules import LayerCall, register_layer_rule
@@ -20,9 +20,14 @@ from lightning_pathkernel.capture.windows import ConvGeometry
 __all__ = ["conv_rule"]
 
 
-def _padded(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
-    """The inputs as the layer pads them: `padding` may be a number per side, 'same' or 'valid'."""
-    return pad_inputs(inputs, list(layer._reversed_padding_repeated_twice), layer.padding_mode)
+def _padded(layer: nn.Conv2d, inputs: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The inputs, padded if the layer pads them by more than zeros on both sides alike, and the padding left to do."""
+    if layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+        return inputs, layer.padding
+    amounts = list(layer._reversed_padding_repeated_twice)
+    if any(amounts):
+        inputs = F.pad(inputs, amounts, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    return inputs, (0,) * len(layer.kernel_size)
 
 
 @register_layer_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -37,9 +42,9 @@ def conv_rule(layer: nn.Module, call: LayerCall) -> dict[str, PerExampleGradient
         Gradients of ``weight [c_out, c_in / groups * window]`` and, where there is one, of ``bias [c_out]``.
     """
     conv = cast(nn.Conv2d, layer)
-    inputs = _padded(conv, call.input)
+    inputs, padding = _padded(conv, call.input)
     grads = call.grad_output
-    geometry = ConvGeometry(conv.kernel_size, conv.stride, conv.dilation, tuple(grads.shape[2:]))
+    geometry = ConvGeometry(conv.kernel_size, conv.stride, padding, conv.dilation, tuple(grads.shape[2:]))
     out: dict[str, PerExampleGradient] = {}
     if conv.groups == 1:
         out["weight"] = ConvGradient(inputs, grads, geometry)

@@ -14,7 +14,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from lightning_pathkernel.capture.windows import ConvGeometry
 
@@ -92,8 +91,12 @@ class DenseGradient:
         out = self.gradients if right is None else self.gradients @ right.T
         return out if left is None else left @ out
 
-    def factors(self) -> None:
-        """Not of rank one."""
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """A vector parameter's gradient and a column of ones."""
+        if self.gradients.shape[2] != 1:
+            return None
+        left = self.gradients[:, :, 0]
+        return left, left.new_ones(1, 1).expand(len(left), 1)
 
     def dense(self) -> Tensor:
         """``[n, r, c]``."""
@@ -196,7 +199,7 @@ class IndexedGradient:
 
 @dataclass(frozen=True)
 class ConvGradient:
-    """Gradient of an ungrouped convolution's weight: ``inputs [n, c_in, *]`` (padded), ``right`` a convolution.
+    """Gradient of an ungrouped convolution's weight: ``inputs [n, c_in, *]``, ``grad_outputs [n, c_out, *]``.
 
     The column factor acts as a convolution with ``k`` output channels, so no window is ever unfolded.
     """
@@ -211,14 +214,14 @@ class ConvGradient:
         return int(self.inputs.shape[0])
 
     def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
-        """A thin convolution of the inputs against thin output gradients, ``[n, k_left, k_right]``."""
-        grads = self.grad_outputs.flatten(2)
-        rows = grads if left is None else left @ grads
+        """A thin convolution of the inputs, contracted with the output gradients, ``[n, k_left, k_right]``."""
         if right is None:
             columns = self.geometry.unfold(self.inputs)
         else:
             columns = self.geometry.convolve(self.inputs, right).flatten(2)
-        return rows @ columns.transpose(1, 2)
+        # columns first: the product over positions is the large one, and this order of it the fast one
+        out = columns @ self.grad_outputs.flatten(2).transpose(1, 2)
+        return (out if left is None else out @ left.T).transpose(1, 2)
 
     def factors(self) -> None:
         """Not of rank one."""
@@ -257,10 +260,3 @@ def vector_gradient(per_example: Tensor) -> DenseGradient:
 def zero_where(mask: Tensor, values: Tensor) -> Tensor:
     """``values [n, s, c]`` with the positions of ``mask [n, s]`` set to zero."""
     return values.masked_fill(mask.unsqueeze(-1), 0.0)
-
-
-def pad_inputs(inputs: Tensor, padding: list[int], mode: str) -> Tensor:
-    """Pad as the convolution itself would; ``padding`` in `torch.nn.functional.pad`'s order."""
-    if not any(padding):
-        return inputs
-    return F.pad(inputs, padding, mode="constant" if mode == "zeros" else mode)

@@ -20,10 +20,11 @@ _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: 
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """Where the windows of a convolution over already padded inputs lie."""
+    """Where the windows of a convolution lie; ``padding`` is of zeros, the same on both sides of a dimension."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
+    padding: tuple[int, ...]
     dilation: tuple[int, ...]
     output: tuple[int, ...]
 
@@ -31,14 +32,15 @@ class ConvGeometry:
         """Apply ``factor [k, c_in * window]`` to every window of ``inputs [n, c_in, *]``: ``[n, k, *output]``."""
         weight = factor.reshape(factor.shape[0], inputs.shape[1], *self.kernel)
         conv = _CONVOLUTIONS[len(self.kernel)]
-        out = conv(inputs, weight, stride=self.stride, dilation=self.dilation)
-        return out[(slice(None), slice(None), *(slice(0, size) for size in self.output))]
+        return conv(inputs, weight, stride=self.stride, padding=self.padding, dilation=self.dilation)
 
     def unfold(self, inputs: Tensor) -> Tensor:
         """Every window written out, ``[n, c_in * window, positions]``."""
         size = inputs.shape[1] * math.prod(self.kernel)
         if size <= _CONVOLVED:
             return self.convolve(inputs, torch.eye(size, dtype=inputs.dtype, device=inputs.device)).flatten(2)
+        if any(self.padding):
+            inputs = F.pad(inputs, [p for size in reversed(self.padding) for p in (size, size)])
         columns = []
         for offset in itertools.product(*(range(size) for size in self.kernel)):
             where = [slice(None), slice(None)]
