@@ -172,10 +172,10 @@ class GradientCapture:
             if not tensor.requires_grad:
                 continue
 
-            def on_gradient(grad: Tensor, index: int = index, shape: Tensor = tensor.detach()) -> None:
+            def on_gradient(grad: Tensor, index: int = index) -> None:
                 start = time.perf_counter()
                 with torch.no_grad(), self._paused():
-                    call = LayerCall(args, kwargs, shape, index, grad.detach(), training, n)
+                    call = LayerCall(args, kwargs, index, grad.detach(), training, n)
                     for name, gradient in _gradients(owner, call).items():
                         sink(owner.parameters[name], gradient)
                 self.seconds += time.perf_counter() - start

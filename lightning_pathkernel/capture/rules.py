@@ -20,7 +20,6 @@ class LayerCall:
     Attributes:
         args: Positional arguments of the call, detached.
         kwargs: Keyword arguments of the call, detached.
-        output: The output, detached; one tensor of it when there are several.
         output_index: Which tensor of the flattened output ``grad_output`` belongs to.
         grad_output: Gradient of the loss with respect to that tensor, scaled as the backward pass left it.
         training: Whether the layer was in training mode during the call.
@@ -29,7 +28,6 @@ class LayerCall:
 
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
-    output: Tensor
     output_index: int
     grad_output: Tensor
     training: bool
