@@ -4,13 +4,16 @@ from lightning_pathkernel.callback import PathKernelCallback
 from lightning_pathkernel.exporter import KernelMachineExporter
 from lightning_pathkernel.functional import kernel_machine_agreement, kernel_machine_fidelity
 from lightning_pathkernel.machine import Explanation, KernelMachine
+from lightning_pathkernel.metrics import KernelMachineAgreement, KernelMachineFidelity
 from lightning_pathkernel.store import ArtifactError, verify
 
 __all__ = [
     "ArtifactError",
     "Explanation",
     "KernelMachine",
+    "KernelMachineAgreement",
     "KernelMachineExporter",
+    "KernelMachineFidelity",
     "PathKernelCallback",
     "kernel_machine_agreement",
     "kernel_machine_fidelity",

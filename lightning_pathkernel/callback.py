@@ -103,7 +103,7 @@ class PathKernelCallback(pl.Callback):
         if stage != "fit":
             return
         self._release(trainer)
-        self._active = not trainer.fast_dev_run
+        self._active = not getattr(trainer, "fast_dev_run", False)
         if not self._active:
             rank_zero_info("PathKernelCallback: fast_dev_run, nothing is recorded.")
             return
@@ -167,7 +167,9 @@ class PathKernelCallback(pl.Callback):
                 "PathKernelCallback places its nodes over the whole fit: give the Trainer max_epochs or max_steps."
             )
         if self.nodes > steps:
-            rank_zero_warn(f"nodes={self.nodes} is more than the {steps} optimiser steps: every step gets its own node.")
+            rank_zero_warn(
+                f"nodes={self.nodes} is more than the {steps} optimiser steps: every step gets its own node."
+            )
         return node_schedule(int(steps), self.nodes)
 
     def _facts(
@@ -176,7 +178,12 @@ class PathKernelCallback(pl.Callback):
         return {
             "module_class": type(module).__name__,
             "optimizer": {"name": type(optimizer).__name__},
-            "settings": {"sketch_dim": self.sketch_dim, "nodes": schedule, "seed": self.seed, "sketch": self.sketch},
+            "settings": {
+                "sketch_dim": self.sketch_dim,
+                "nodes": schedule,
+                "seed": self.seed,
+                "sketch": self.sketch,
+            },
         }
 
     def _check_forward(self, network: Network, probes: object) -> None:
@@ -289,7 +296,7 @@ class PathKernelCallback(pl.Callback):
             values.update(self._tracker.metrics(self._recorder.snapshot()))
         named = {f"pathkernel/{name}": value for name, value in values.items()}
         for name, value in named.items():
-            self.log(name, value, prog_bar=self.prog_bar and name == "pathkernel/fidelity")
+            pl_module.log(name, value, prog_bar=self.prog_bar and name == "pathkernel/fidelity")
         self._history.append({"step": float(self._recorder.steps), **values})
 
     def _overhead(self) -> float:
@@ -342,7 +349,10 @@ def _check_trainer(trainer: pl.Trainer) -> None:
         raise MisconfigurationException(
             f"PathKernelCallback does not support precision={trainer.precision!r}: use '32-true' or '64-true'."
         )
-    if trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm) not in ("norm", "GradClipAlgorithmType.NORM"):
+    if trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm) not in (
+        "norm",
+        "GradClipAlgorithmType.NORM",
+    ):
         raise MisconfigurationException(
             "PathKernelCallback does not support gradient_clip_algorithm='value': clip by norm, which scales all "
             "gradients alike."

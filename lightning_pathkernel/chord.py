@@ -64,6 +64,9 @@ class Chord:
         """What the stored rows add up to, back in weight space: ``D . S_query^T (sum_i row_i)``.
 
         ``J`` times this is the sum of all contributions of the chord, eq. (8).
+
+        Returns:
+            Parameter -> direction, with the parameter's shape.
         """
         total = self.rows.sum(0)
         features = total if self.second_stage is None else total @ self.second_stage

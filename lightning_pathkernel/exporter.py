@@ -27,7 +27,7 @@ from lightning_pathkernel.store import (
     publish_tensors,
 )
 
-__all__ = ["KernelMachineExporter", "RECORDING", "open_recording", "record_metrics"]
+__all__ = ["RECORDING", "KernelMachineExporter", "open_recording", "record_metrics"]
 
 RECORDING = "recording.json"
 METRICS = "metrics.json"
@@ -153,4 +153,8 @@ def _place(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        publish(target, lambda temporary: shutil.copyfile(source, temporary) and None)
+        publish(target, lambda temporary: _copy(source, temporary))
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)

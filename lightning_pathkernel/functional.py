@@ -20,14 +20,11 @@ def _rows(**tensors: Tensor) -> list[Tensor]:
     found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
     shapes = {tuple(tensor.shape) for tensor in tensors.values()}
     if len(shapes) > 1:
-        raise ValueError(
-            f"Shapes differ: found {found}; expected the same [n, K], or the same [n], for all of them."
-        )
+        raise ValueError(f"Shapes differ: found {found}; expected the same [n, K], or the same [n], for all of them.")
     shape = shapes.pop()
     if len(shape) not in (1, 2):
         raise ValueError(
-            f"Wrong number of dimensions: found {found}; expected [n, K] or [n]. "
-            "Flatten further dimensions into K."
+            f"Wrong number of dimensions: found {found}; expected [n, K] or [n]. Flatten further dimensions into K."
         )
     if shape[1:] == (0,):
         raise ValueError(f"No outputs: found {found}; expected [n, K] with K of at least 1.")
@@ -54,7 +51,7 @@ def _kernel_machine_fidelity_update(
 
     Raises:
         ValueError: If the shapes differ, are neither ``[n, K]`` nor ``[n]``, or have no outputs.
-    """  # noqa: DOC502 - raised by _rows
+    """
     rows = _rows(prediction=prediction, target=target, baseline=baseline)
     machine, network, bias = (_accumulable(tensor) for tensor in rows)
     n = torch.tensor(network.shape[0], device=network.device)
@@ -113,7 +110,7 @@ def kernel_machine_fidelity(prediction: Tensor, target: Tensor, baseline: Tensor
         >>> baseline = torch.zeros(2, 2)
         >>> kernel_machine_fidelity(prediction, target, baseline)  # 1 - 2 / 15
         tensor(0.8667, dtype=torch.float64)
-    """  # noqa: DOC502 - raised by _rows
+    """
     return _kernel_machine_fidelity_compute(*_kernel_machine_fidelity_update(prediction, target, baseline))
 
 
@@ -129,7 +126,7 @@ def _kernel_machine_agreement_update(prediction: Tensor, target: Tensor) -> tupl
 
     Raises:
         ValueError: If the shapes differ, are neither ``[n, K]`` nor ``[n]``, or have no outputs.
-    """  # noqa: DOC502 - raised by _rows
+    """
     machine, network = _rows(prediction=prediction, target=target)
     if network.shape[1] == 1:
         agree = ((machine > 0) == (network > 0)).squeeze(1)
@@ -183,5 +180,5 @@ def kernel_machine_agreement(prediction: Tensor, target: Tensor) -> Tensor:
         tensor(0.7500, dtype=torch.float64)
         >>> kernel_machine_agreement(torch.tensor([0.3, -2.0]), torch.tensor([1.0, 0.1]))
         tensor(0.5000, dtype=torch.float64)
-    """  # noqa: DOC502 - raised by _rows
+    """
     return _kernel_machine_agreement_compute(*_kernel_machine_agreement_update(prediction, target))

@@ -90,7 +90,10 @@ class LoaderIndices:
         self.loader.__dict__["batch_sampler"] = self._original
 
     def pop(self) -> Tensor:
-        """Indices of the batch that is trained on now, ``[n]``.
+        """Indices of the batch that is trained on now.
+
+        Returns:
+            Dataset indices, ``[n]``.
 
         Raises:
             IdentityError: If there are none left: the batch did not come from this loader.
@@ -102,6 +105,14 @@ class LoaderIndices:
 
 def user_ids(example_ids: Callable[[Any], Tensor], batch: Any, n: int) -> Tensor:
     """Ids by the user's function, checked.
+
+    Args:
+        example_ids: The function.
+        batch: The batch.
+        n: Its number of rows.
+
+    Returns:
+        The ids, ``[n]``, on the CPU.
 
     Raises:
         IdentityError: If it does not return one integer per example.

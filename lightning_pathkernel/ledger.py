@@ -1,4 +1,4 @@
-"""Where every part of a prediction came from: the terms of eq. (7), each computed, none by subtraction of the others."""
+"""Where every part of a prediction came from: the terms of eq. (7), each computed, none left over."""
 
 from __future__ import annotations
 
@@ -45,7 +45,11 @@ class ChordSpan:
 
 
 def chord_terms(
-    network: Network, batch: object, span: ChordSpan, rule: QuadratureRule, functional: Functional | None = None
+    network: Network,
+    batch: object,
+    span: ChordSpan,
+    rule: QuadratureRule,
+    functional: Functional | None = None,
 ) -> Mapping[str, Tensor]:
     """The terms that one chord adds to the outputs of ``batch``, eq. (1) to (3) and (7) of docs/theory.md.
 

@@ -55,8 +55,7 @@ def collect_probes(trainer: pl.Trainer, pl_module: pl.LightningModule, count: in
 def _first_rows(loader: Any, count: int) -> Any:
     """Concatenate leading batches of the loader until there are enough rows."""
     if isinstance(loader, DataLoader) and loader.num_workers:
-        settings = {"batch_size": loader.batch_size, "collate_fn": loader.collate_fn, "shuffle": False}
-        loader = DataLoader(loader.dataset, **settings)
+        loader = DataLoader(loader.dataset, batch_size=loader.batch_size, collate_fn=loader.collate_fn)
     batches, rows = [], 0
     for batch in loader:
         batches.append(batch)

@@ -83,7 +83,11 @@ class KernelMachine:
 
     @classmethod
     def load(
-        cls, path: str | Path, module: nn.Module, forward_fn: ForwardFn | None = None, quadrature_points: int = 4
+        cls,
+        path: str | Path,
+        module: nn.Module,
+        forward_fn: ForwardFn | None = None,
+        quadrature_points: int = 4,
     ) -> KernelMachine:
         """Load an exported machine.
 
@@ -344,6 +348,9 @@ class KernelMachine:
         ``-weight * <g_i, D g_i>`` with the gradient ``g_i`` as it reached the optimiser, times the rows of the step, so
         that with a mean-reduced loss the unit is that of one example's loss. Large magnitudes mark examples that the
         network had to bend for: rare, hard or mislabelled ones.
+
+        Returns:
+            One number per example.
         """
         out = torch.zeros(len(self.example_ids), dtype=torch.float64)
         for chord in self._chords:
@@ -391,5 +398,3 @@ def _copy(module: nn.Module) -> nn.Module:
     finally:
         if trainer is not None:
             module.__dict__["_trainer"] = trainer
-
-

@@ -62,9 +62,7 @@ class KernelMachineFidelity(Metric):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.add_state("fidelity_squared_error", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state(
-            "fidelity_squared_change", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum"
-        )
+        self.add_state("fidelity_squared_change", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("fidelity_rows", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, target: Tensor, baseline: Tensor) -> None:
@@ -77,7 +75,7 @@ class KernelMachineFidelity(Metric):
 
         Raises:
             ValueError: If the shapes differ, are neither ``[n, K]`` nor ``[n]``, or have no outputs.
-        """  # noqa: DOC502 - raised by the function
+        """
         squared_error, squared_change, rows = _kernel_machine_fidelity_update(prediction, target, baseline)
         self.fidelity_squared_error = self.fidelity_squared_error + squared_error
         self.fidelity_squared_change = self.fidelity_squared_change + squared_change
@@ -155,7 +153,7 @@ class KernelMachineAgreement(Metric):
 
         Raises:
             ValueError: If the shapes differ, are neither ``[n, K]`` nor ``[n]``, or have no outputs.
-        """  # noqa: DOC502 - raised by the function
+        """
         agreeing, rows = _kernel_machine_agreement_update(prediction, target)
         self.agreement_agreeing = self.agreement_agreeing + agreeing
         self.agreement_rows = self.agreement_rows + rows

@@ -16,7 +16,16 @@ from torch.utils import _pytree as pytree
 
 from lightning_pathkernel.capture import CapturePlan, GradientCapture, PerExampleGradient
 
-__all__ = ["ForwardFn", "Functional", "Network", "Tensors", "batch_size", "default_forward", "float_buffers", "take_rows"]
+__all__ = [
+    "ForwardFn",
+    "Functional",
+    "Network",
+    "Tensors",
+    "batch_size",
+    "default_forward",
+    "float_buffers",
+    "take_rows",
+]
 
 Tensors = Mapping[str, Tensor]
 """Parameter or buffer name -> tensor."""
@@ -42,7 +51,13 @@ def _tensor_leaves(batch: object) -> list[Tensor]:
 
 
 def batch_size(batch: object) -> int:
-    """Number of rows of the batch's first tensor.
+    """Number of rows of a batch.
+
+    Args:
+        batch: Tensors, nested in any way.
+
+    Returns:
+        The first dimension of its first tensor that has one.
 
     Raises:
         ValueError: If there is no tensor with a first dimension in it.
@@ -153,6 +168,16 @@ class Network:
         """Directional derivatives ``J(x) d`` for each direction, ``[n, K]`` each; ``[n, 1]`` under a functional.
 
         Forward-mode differentiation where every operation has it, otherwise two reverse passes.
+
+        Args:
+            batch: Inputs.
+            weights: Where to differentiate.
+            buffers: Buffers to use.
+            directions: Parameter -> direction, absent parameters standing for 0.
+            functional: Scalar of the outputs to differentiate; None for the outputs.
+
+        Returns:
+            One tensor per direction.
         """
         at = {name: w.to(self.parameters[name]) for name, w in weights.items()}
         fixed = {f"module.{name}": b for name, b in buffers.items()}
@@ -201,6 +226,12 @@ class Network:
 def as_matrix(outputs: object) -> Tensor:
     """Outputs as ``[n, K]``.
 
+    Args:
+        outputs: What a forward function returned.
+
+    Returns:
+        The outputs, ``[n]`` turned into ``[n, 1]``.
+
     Raises:
         ValueError: If they are anything but a tensor ``[n]`` or ``[n, K]``.
     """
@@ -238,8 +269,6 @@ def _double_backward_jvp(
         outputs = run(leaves)
         dual = torch.zeros_like(outputs, requires_grad=True)
         pulled = torch.autograd.grad(outputs, list(leaves.values()), dual, create_graph=True, allow_unused=True)
-        terms = [
-            (g * t).sum() for g, t in zip(pulled, (tangent[n] for n in leaves), strict=True) if g is not None
-        ]
+        terms = [(g * t).sum() for g, t in zip(pulled, (tangent[n] for n in leaves), strict=True) if g is not None]
         (derivative,) = torch.autograd.grad(torch.stack(terms).sum(), dual)
     return derivative

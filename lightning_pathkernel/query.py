@@ -68,6 +68,9 @@ def contributions(
 
     Returns:
         The contributions.
+
+    Raises:
+        ValueError: If there are no chords.
     """
     out: Tensor | None = None
     for index, chord in enumerate(chords):
@@ -153,6 +156,19 @@ def kernel(
 
     Computed from whole gradients on both sides: no sketch, no stored example; symmetric and positive semi-definite
     when ``second`` is None.
+
+    Args:
+        network: The network.
+        first: Queries and the scalar of each that is meant.
+        second: The same of the other side; None for the first one again.
+        chords: The path.
+        rule: Quadrature along each chord.
+
+    Returns:
+        The kernel matrix.
+
+    Raises:
+        ValueError: If there are no chords.
     """
     out: Tensor | None = None
     for chord in chords:

@@ -243,13 +243,14 @@ class PathRecorder:
         return probe_gradients(self.network, self._probes, random_cotangent(self._generator))
 
     def _preconditioner(self) -> dict[str, Tensor]:
-        """D of the latest step, by parameter; empty for the identity."""
+        """D of the latest step, by parameter, 0 where a weight has never moved; empty for the identity."""
         out: dict[str, Tensor] = {}
         for group in self._optimizer.param_groups if self._rule.diagonal else ():
             for names in self._buckets(group).values():
                 states = [self._optimizer.state[self.network.parameters[name]] for name in names]
-                found = self._rule.denominators(group, states)
-                out.update({name: d.reciprocal() for name, d in zip(names, found, strict=True)})
+                for name, state, found in zip(names, states, self._rule.denominators(group, states), strict=True):
+                    buffer = self._rule.buffer(state)
+                    out[name] = found.reciprocal() if buffer is None else found.reciprocal() * (buffer != 0)
         return out
 
     def _tail_momentum(self) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_pathkernel.capture import GradientCapture, PerExampleGradient, matrix_shape, plan_capture
+from lightning_pathkernel.capture import GradientCapture, PerExampleGradient, plan_capture
 from lightning_pathkernel.optim import ParameterUpdate, optimizer_rule
 
 __all__ = ["assert_layer_rule", "assert_optimizer_rule", "captured_gradients"]
@@ -158,7 +157,8 @@ def assert_optimizer_rule(
 def _preconditioner(rule: Any, group: Mapping[str, Any], state: Mapping[str, Any], like: Tensor) -> Tensor:
     if not rule.diagonal:
         return torch.ones_like(like)
-    return rule.denominators(group, [state])[0].reciprocal()
+    denominator: Tensor = rule.denominators(group, [state])[0]
+    return denominator.reciprocal()
 
 
 def _check_buffer(buffer: Tensor | None, update: ParameterUpdate, rows: Tensor, step: int, rtol: float) -> None:

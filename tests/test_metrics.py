@@ -54,9 +54,7 @@ METRICS: list[Any] = [
 ]
 
 
-def batches(
-    arguments: int, shape: tuple[int, ...] = (7, 3), count: int = BATCHES
-) -> list[tuple[Tensor, ...]]:
+def batches(arguments: int, shape: tuple[int, ...] = (7, 3), count: int = BATCHES) -> list[tuple[Tensor, ...]]:
     """Batches of unequal size: the network's outputs are the prediction's with noise added."""
     generator = torch.Generator().manual_seed(5)
     found = []
@@ -227,9 +225,7 @@ def test_shapes_that_do_not_fit_are_refused_by_name(
     instance = metric()
     with pytest.raises(ValueError, match=message):
         instance.update(*tensors)
-    assert all(getattr(instance, name) == 0 for name in instance._defaults), (
-        "a refused batch left something behind"
-    )
+    assert all(getattr(instance, name) == 0 for name in instance._defaults), "a refused batch left something behind"
 
 
 def test_the_baselines_shape_is_checked_too() -> None:
@@ -301,9 +297,7 @@ def test_half_and_float_leave_the_sums_alone(metric: Any, arguments: int) -> Non
 def test_states_can_be_made_float32_for_devices_without_float64() -> None:
     parts = batches(3)
     metric = updated(KernelMachineFidelity().set_dtype(torch.float32), parts)
-    torch.testing.assert_close(
-        float(metric.compute()), float(updated(KernelMachineFidelity(), parts).compute())
-    )
+    torch.testing.assert_close(float(metric.compute()), float(updated(KernelMachineFidelity(), parts).compute()))
 
 
 def test_compute_groups_never_merge_the_two() -> None:
@@ -327,9 +321,7 @@ def test_no_state_has_the_same_name_in_both() -> None:
 
 
 @pytest.mark.parametrize(("metric", "arguments"), METRICS)
-def test_the_full_state_is_not_needed(
-    metric: Any, arguments: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_full_state_is_not_needed(metric: Any, arguments: int, capsys: pytest.CaptureFixture[str]) -> None:
     names = ("prediction", "target", "baseline")[:arguments]
     check_forward_full_state_property(
         metric,
@@ -395,9 +387,7 @@ def _on_rank(rank: int, world: int, directory: str) -> None:
             for part in mine:
                 exactly(instance(*part), float(function(*part)))
             exactly(instance.compute(), expected)
-            exactly(
-                instance.compute(), expected
-            )  # the states were put back: a second call counts nothing twice
+            exactly(instance.compute(), expected)  # the states were put back: a second call counts nothing twice
             instance.reset()
 
             # synchronised on every step, so ranks step together: forward gives both ranks' batches

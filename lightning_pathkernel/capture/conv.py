@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from lightning_pathkernel.capture.gradients import (
     ConvGradient,

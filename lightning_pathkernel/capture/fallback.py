@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +40,8 @@ def fallback_gradients(layer: nn.Module, call: LayerCall, names: Sequence[str]) 
     parameters = {name: layer.get_parameter(name).detach() for name in names}
     frozen = {k: v.detach() for k, v in layer.named_parameters() if k not in parameters}
 
-    def one(grad: Tensor, *values: object) -> dict[str, Tensor]:
-        full = [v if d is None else v.unsqueeze(d) for v, d in zip(values, dims, strict=True)]  # type: ignore[attr-defined]
+    def one(grad: Tensor, *values: Any) -> dict[str, Tensor]:
+        full = [v if d is None else v.unsqueeze(d) for v, d in zip(values, dims, strict=True)]
         args, kwargs = _call_form(layer, pytree.tree_unflatten(full, spec))
 
         def run(params: dict[str, Tensor]) -> Tensor:
@@ -49,7 +50,7 @@ def fallback_gradients(layer: nn.Module, call: LayerCall, names: Sequence[str]) 
             tensors = [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
             return tensors[call.output_index]
 
-        output, vjp = torch.func.vjp(run, parameters)
+        output, vjp, *_ = torch.func.vjp(run, parameters)
         gradients: dict[str, Tensor] = vjp(grad.reshape(output.shape))[0]
         return gradients
 

@@ -60,7 +60,9 @@ def plan_capture(model: nn.Module) -> CapturePlan:
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     canonical = {id(p): name for name, p in parameters.items()}
-    layers, refused, skipped = [], [], set()
+    layers: list[OwnedLayer] = []
+    refused: list[str] = []
+    skipped: set[int] = set()
     rules = layer_rules()
     for path, module in model.named_modules():
         if id(module) in skipped:

@@ -18,7 +18,7 @@ class AdamRule:
     """Adam (Kingma and Ba 2015) and AdamW (Loshchilov and Hutter 2019), with amsgrad and maximize.
 
     ``b <- beta1 b + (1 - beta1) h``, ``m = b / (1 - beta1^t)``, ``D = 1 / (sqrt(v / (1 - beta2^t)) + eps)``, with the
-    largest ``v`` so far under amsgrad. Decay is coupled in Adam, ``rate * weight_decay * w`` beside the update in AdamW.
+    largest ``v`` so far under amsgrad. Decay is coupled in Adam, and beside the update in AdamW.
     """
 
     diagonal = True

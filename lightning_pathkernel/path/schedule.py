@@ -20,9 +20,7 @@ def node_schedule(total_steps: int, chords: int, power: float = 2.0) -> list[int
         ValueError: If a number is not positive.
     """
     if total_steps < 1 or chords < 1 or power <= 0:
-        raise ValueError(
-            f"total_steps, chords and power must be positive, found {total_steps}, {chords} and {power}"
-        )
+        raise ValueError(f"total_steps, chords and power must be positive, found {total_steps}, {chords} and {power}")
     count = min(chords, total_steps)
     nodes = [0]
     for c in range(1, count):

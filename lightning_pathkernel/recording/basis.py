@@ -41,7 +41,11 @@ def random_cotangent(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
 
 
 def probe_gradients(
-    network: Network, probes: object, functional: Callable[[Tensor], Tensor], rows: int = 128, **where: Tensors
+    network: Network,
+    probes: object,
+    functional: Callable[[Tensor], Tensor],
+    rows: int = 128,
+    **where: Tensors,
 ) -> dict[str, list[PerExampleGradient]]:
     """Per-example gradients of the first ``rows`` probes, by parameter, kept for use after the pass."""
     blocks: dict[str, list[PerExampleGradient]] = {}
@@ -54,7 +58,9 @@ def _sides(gradients: Tensor) -> tuple[Tensor, Tensor]:
     return gradients.transpose(1, 2).reshape(-1, gradients.shape[1]), gradients.reshape(-1, gradients.shape[2])
 
 
-def _moments(uses: Sequence[PerExampleGradient], shape: tuple[int, int], scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def _moments(
+    uses: Sequence[PerExampleGradient], shape: tuple[int, int], scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
     if scale is None and len(uses) == 1:
         fit = max(8, _DENSE_NUMBERS // (shape[0] * shape[1]))
         return uses[0].head(fit).moments()
@@ -63,15 +69,22 @@ def _moments(uses: Sequence[PerExampleGradient], shape: tuple[int, int], scale: 
 
 
 def fit_basis(
-    train: Blocks, probes: Blocks, preconditioner: Tensors, shapes: Mapping[str, torch.Size],
-    settings: SketchSettings, generator: torch.Generator,
-) -> dict[str, KroneckerSketch]:  # fmt: skip
+    train: Blocks,
+    probes: Mapping[str, list[PerExampleGradient]],
+    preconditioner: Tensors,
+    shapes: Mapping[str, torch.Size],
+    settings: SketchSettings,
+    generator: torch.Generator,
+) -> dict[str, KroneckerSketch]:
     """Choose a sketch for every parameter, over a rank-one square root of the preconditioner where there is one.
+
+    A parameter that the chord's first batch did not reach gets a random sketch.
 
     Args:
         train: Gradients of the chord's first batch.
         probes: Gradients of the probes, by random cotangents; empty where there are none.
-        preconditioner: D of the chord's first step, with the parameters' shapes; empty for the identity.
+        preconditioner: D of the chord's first step, with the parameters' shapes, 0 where a weight has never moved;
+            empty for the identity.
         shapes: Every trainable parameter's shape.
         settings: Kind and sizes.
         generator: Private source of randomness, on the CPU.
@@ -80,36 +93,39 @@ def fit_basis(
         Parameter -> sketch.
     """
     sketches = {}
+    like = next(iter(train.values()))[0].total()
+    device, dtype = like.device, like.dtype
     for name, size in shapes.items():
         shape = matrix_shape(size)
-        reference = next(iter(train.values()))[0]
         if name not in train:
-            zero = _any_tensor(reference).new_zeros(1, 1)
-            side = SideMoments(zero.expand(1, shape[0]), None), SideMoments(zero.expand(1, shape[1]), None)
-            sketches[name] = fit_sketch(*side, SketchSettings("random", settings.width), generator)
+            sides = tuple(torch.zeros(1, d, device=device, dtype=dtype) for d in shape)
+            random = SketchSettings("random", settings.width)
+            sketches[name] = _fit_sides((sides[0], sides[1]), None, random, generator)
             continue
         diagonal = preconditioner[name].reshape(shape) if name in preconditioner else None
         sketches[name] = _fit_one(train[name], probes.get(name), diagonal, shape, settings, generator)
     return sketches
 
 
-def _any_tensor(gradient: PerExampleGradient) -> Tensor:
-    return gradient.head(1).dense()
-
-
 def _fit_one(
-    train: Sequence[PerExampleGradient], probes: Sequence[PerExampleGradient] | None, diagonal: Tensor | None,
+    train: Sequence[PerExampleGradient], probes: list[PerExampleGradient] | None, diagonal: Tensor | None,
     shape: tuple[int, int], settings: SketchSettings, generator: torch.Generator,
 ) -> KroneckerSketch:  # fmt: skip
     if diagonal is None:
-        queried = (None, None) if probes is None else _moments(probes, shape, None)
-        trained = _moments(train, shape, None)
-        return fit_sketch(*map(SideMoments, trained, queried), settings, generator)
-    moved = (dense_sample(train, shape, rows=64) ** 2).sum(0)
-    weights = (moved > 0).to(moved.dtype)
-    left, right = rank_one_log(diagonal.sqrt(), weights)
+        return _fit_sides(
+            _moments(train, shape, None), None if probes is None else _moments(probes, shape, None), settings, generator
+        )
+    left, right = rank_one_log(diagonal.sqrt(), (diagonal > 0).to(diagonal))
     scale = left.unsqueeze(1) * right
-    trained = _moments(train, shape, scale)
-    reach = torch.where(moved > 0, diagonal, torch.zeros_like(diagonal))
-    queried = (None, None) if probes is None else _moments(probes, shape, reach / scale)
-    return fit_sketch(*map(SideMoments, trained, queried), settings, generator).scaled(left, right)
+    queried = None if probes is None else _moments(probes, shape, diagonal / scale)
+    return _fit_sides(_moments(train, shape, scale), queried, settings, generator).scaled(left, right)
+
+
+def _fit_sides(
+    train: tuple[Tensor, Tensor],
+    query: tuple[Tensor, Tensor] | None,
+    settings: SketchSettings,
+    generator: torch.Generator,
+) -> KroneckerSketch:
+    rows, columns = query or (None, None)
+    return fit_sketch(SideMoments(train[0], rows), SideMoments(train[1], columns), settings, generator)

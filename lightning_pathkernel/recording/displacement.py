@@ -79,7 +79,11 @@ class ChordDisplacement:
             torch._foreach_add_(_sums(self._coupled, names, before), pulled, alpha=rate)
 
     def step_preconditioned(
-        self, names: Sequence[str], update: ParameterUpdate, directions: list[Tensor], denominators: list[Tensor]
+        self,
+        names: Sequence[str],
+        update: ParameterUpdate,
+        directions: list[Tensor],
+        denominators: list[Tensor],
     ) -> None:
         """Take in one step of parameters with a preconditioner ``D = 1 / denominator``.
 

@@ -40,10 +40,7 @@ class StepRows:
         """Take in one use of one parameter."""
         factors = gradient.factors()
         part: tuple[Tensor, ...]
-        if factors is None:
-            part = (sketch.train(gradient),)
-        else:
-            part = sketch.train_factors(*factors)
+        part = (sketch.train(gradient),) if factors is None else sketch.train_factors(*factors)
         self.parts.setdefault(name, []).append(part)
 
     def features(self, sketches: Sketches) -> Tensor:

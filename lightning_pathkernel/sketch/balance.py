@@ -22,18 +22,33 @@ def leading_subspace(samples: Tensor, rank: int, generator: torch.Generator, ite
     """Orthonormal basis ``[d, rank]`` near the leading right singular space of ``samples [N, d]``.
 
     Randomised range finder (Halko, Martinsson and Tropp 2011, algorithm 4.4): no ``d x d`` matrix is formed.
+
+    Args:
+        samples: Rows, ``[N, d]``.
+        rank: Columns wanted.
+        generator: Private source of randomness, on the CPU.
+        iterations: Power iterations.
+
+    Returns:
+        The basis.
     """
     start = torch.randn(samples.shape[1], rank, generator=generator, dtype=torch.float64)
     basis = samples.T @ (samples @ start.to(samples))
     for _ in range(iterations):
         basis = samples.T @ (samples @ torch.linalg.qr(basis)[0])
-    return torch.linalg.qr(basis)[0]
+    return _orthonormal(basis)
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    basis: Tensor = torch.linalg.qr(columns)[0]
+    return basis
 
 
 def _root(moment: Tensor, floor: float) -> Tensor:
     """A square root ``L`` with ``L L^T = moment + floor``."""
     values, vectors = torch.linalg.eigh(moment)
-    return vectors * (values.clamp_min(0) + floor).sqrt()
+    root: Tensor = vectors * (values.clamp_min(0) + floor).sqrt()
+    return root
 
 
 def _coordinates(train: Tensor, query: Tensor, k: int, generator: torch.Generator) -> Tensor | None:
@@ -42,7 +57,7 @@ def _coordinates(train: Tensor, query: Tensor, k: int, generator: torch.Generato
     if d <= max(4 * k, 96):
         return None
     both = [leading_subspace(x, min(rank, d // 2), generator) for x in (train, query)]
-    return torch.linalg.qr(torch.cat(both, dim=1))[0]
+    return _orthonormal(torch.cat(both, dim=1))
 
 
 def balanced_factors(

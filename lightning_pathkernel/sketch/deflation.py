@@ -22,7 +22,8 @@ def random_factor(d: int, k: int, generator: torch.Generator, like: Tensor) -> T
     Returns:
         The factor.
     """
-    return (torch.randn(k, d, generator=generator, dtype=torch.float64) / k**0.5).to(like)
+    factor: Tensor = torch.randn(k, d, generator=generator, dtype=torch.float64) / k**0.5
+    return factor.to(like)
 
 
 def deflated_factor(samples: Tensor, k: int, generator: torch.Generator, kept: float = 0.75) -> Tensor:

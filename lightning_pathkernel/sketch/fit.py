@@ -116,7 +116,12 @@ def fit_sketch(
 
 
 def fit_second_stage(
-    train: Tensor, query: Tensor | None, total: Tensor, k: int, settings: SketchSettings, generator: torch.Generator
+    train: Tensor,
+    query: Tensor | None,
+    total: Tensor,
+    k: int,
+    settings: SketchSettings,
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor] | None:
     """Maps ``[k, F]`` of the training and the query side that bring the features of all parameters down to ``k``.
 

@@ -70,7 +70,7 @@ class KroneckerSketch:
         return gradient.project(self.train_left, self.train_right).flatten(1)
 
     def train_factors(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """`train` of outer products ``left [n, r] x right [n, c]``, as two factors ``[n, k_left]``, ``[n, k_right]``."""
+        """`train` of outer products ``left [n, r] x right [n, c]``: their factors ``[n, k_left]``, ``[n, k_right]``."""
         if self.train_left is not None:
             left = left @ self.train_left.T
         return left, right if self.train_right is None else right @ self.train_right.T
@@ -89,6 +89,12 @@ class KroneckerSketch:
         """The adjoint of `query` with D = 1: ``query_left^T Z query_right``, ``[*, r, c]``.
 
         Because the two sides are biorthogonal this is also the gradient that the features stand for.
+
+        Args:
+            features: ``[*, k_left * k_right]``.
+
+        Returns:
+            Matrices ``[*, r, c]``.
         """
         z = features.unflatten(-1, self.shape)
         return _sandwich(_transposed(self.query_left), z, _transposed(self.query_right))
@@ -103,6 +109,13 @@ class KroneckerSketch:
         """The same sketch over a rank-one scale ``left [r] x right [c]``, moved to the training side.
 
         The training factors are multiplied by it and the query factors divided, so inner products stay.
+
+        Args:
+            left: Scale of the rows, positive.
+            right: Scale of the columns, positive.
+
+        Returns:
+            The scaled sketch.
         """
 
         def times(factor: Tensor | None, by: Tensor) -> Tensor:

@@ -10,7 +10,13 @@ from lightning_pathkernel.store.manifest import (
     read_manifest,
     verify,
 )
-from lightning_pathkernel.store.publish import fsync_directory, publish, publish_json, publish_tensors, sha256_of
+from lightning_pathkernel.store.publish import (
+    fsync_directory,
+    publish,
+    publish_json,
+    publish_tensors,
+    sha256_of,
+)
 
 __all__ = [
     "FORMAT",

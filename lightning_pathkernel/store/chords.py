@@ -26,6 +26,12 @@ def write_group(path: Path, groups: Mapping[str, Mapping[str, Tensor]], facts: M
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors and the metadata of a safetensors file.
 
+    Args:
+        path: The file.
+
+    Returns:
+        Name -> tensor, and the metadata.
+
     Raises:
         ArtifactError: If the file is missing, truncated or not such a file.
     """
@@ -41,7 +47,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_group(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, object]]:
-    """What `write_group` wrote: group -> name -> tensor, and the facts.
+    """What `write_group` wrote.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Group -> name -> tensor, and the facts.
 
     Raises:
         ArtifactError: If the file is not one of ours.

@@ -19,7 +19,7 @@ LAYERS = {
     "linear, three leading dimensions": (lambda: nn.Linear(6, 4), (N, 3, 2, 2, 6)),
     "conv1d": (lambda: nn.Conv1d(3, 4, 3), (N, 3, 9)),
     "conv1d, stride, padding, dilation": (lambda: nn.Conv1d(3, 4, 3, 2, 2, 2), (N, 3, 11)),
-    "conv1d, same": (lambda: nn.Conv1d(3, 4, 4, padding="same"), (N, 3, 9)),
+    "conv1d, same": (lambda: nn.Conv1d(3, 4, 3, padding="same", dilation=2), (N, 3, 9)),
     "conv2d": (lambda: nn.Conv2d(3, 4, 3, padding=1), (N, 3, 7, 6)),
     "conv2d, many channels": (lambda: nn.Conv2d(6, 4, 3, padding=1), (N, 6, 7, 6)),
     "conv2d, rectangular": (lambda: nn.Conv2d(3, 4, (3, 2), (2, 1), (1, 0), (1, 2)), (N, 3, 8, 7)),
@@ -43,7 +43,10 @@ LAYERS = {
     "batch norm 2d": (lambda: nn.BatchNorm2d(4).eval(), (N, 4, 3, 3)),
     "prelu, by the fallback": (lambda: nn.PReLU(4), (N, 4, 3)),
     "transposed convolution, by the fallback": (lambda: nn.ConvTranspose2d(2, 3, 2), (N, 2, 3, 3)),
-    "lstm, by the fallback": (lambda: nn.LSTM(4, 3, num_layers=2, batch_first=True, bidirectional=True), (N, 6, 4)),
+    "lstm, by the fallback": (
+        lambda: nn.LSTM(4, 3, num_layers=2, batch_first=True, bidirectional=True),
+        (N, 6, 4),
+    ),
     "gru, by the fallback": (lambda: nn.GRU(4, 3, batch_first=True), (N, 6, 4)),
 }
 
