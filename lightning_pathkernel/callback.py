@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -144,18 +145,25 @@ class PathKernelCallback(pl.Callback):
                 f"PathKernelCallback records one optimiser, found {len(trainer.optimizers)}: use a single optimiser "
                 "with parameter groups."
             )
+        if trainer.global_step:
+            raise MisconfigurationException(
+                f"PathKernelCallback cannot begin in mid-path: {trainer.global_step} optimiser steps were made before "
+                "this fit, by a checkpoint or an earlier fit. Begin with a new Trainer and without ckpt_path."
+            )
         optimizer = trainer.optimizers[0]
         optimizer_rule(optimizer)
         schedule = self._schedule(trainer)
         network = Network(pl_module, plan_capture(pl_module), self.forward_fn)
         probes = collect_probes(trainer, pl_module, self.probes)
+        if probes is not None:
+            self._check_forward(network, probes)
         directory = self._resolve(trainer)
         self.recording_dir, self.machine_dir = directory / "recording", directory / "machine"
         open_recording(self.recording_dir, pl_module, self._facts(pl_module, optimizer, schedule))
         if probes is not None:
-            self._check_forward(network, probes)
             self._tracker = ProbeTracker(network, probes, gauss_legendre(4), self.seed)
-        settings = RecorderSettings(schedule, self.sketch_dim, SketchSettings(self.sketch), self.seed)
+        clipping = bool(trainer.gradient_clip_val) or is_overridden("configure_gradient_clipping", pl_module)
+        settings = RecorderSettings(schedule, self.sketch_dim, SketchSettings(self.sketch), self.seed, clipping)
         self._recorder = PathRecorder(network, optimizer, settings, probes, self._on_chord)
         self._recorder.capture.attach()
         self._handles.append(optimizer.register_step_post_hook(self._after_step))
@@ -349,17 +357,10 @@ def _check_trainer(trainer: pl.Trainer) -> None:
         raise MisconfigurationException(
             f"PathKernelCallback does not support precision={trainer.precision!r}: use '32-true' or '64-true'."
         )
-    if trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm) not in (
-        "norm",
-        "GradClipAlgorithmType.NORM",
-    ):
+    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
         raise MisconfigurationException(
             "PathKernelCallback does not support gradient_clip_algorithm='value': clip by norm, which scales all "
             "gradients alike."
-        )
-    if trainer.ckpt_path is not None:
-        raise MisconfigurationException(
-            "PathKernelCallback cannot resume a recording from a checkpoint: its path must begin with the fit."
         )
 
 

@@ -58,9 +58,7 @@ def _sides(gradients: Tensor) -> tuple[Tensor, Tensor]:
     return gradients.transpose(1, 2).reshape(-1, gradients.shape[1]), gradients.reshape(-1, gradients.shape[2])
 
 
-def _moments(
-    uses: Sequence[PerExampleGradient], shape: tuple[int, int], scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _moments(uses: Sequence[PerExampleGradient], shape: tuple[int, int], scale: Tensor | None) -> tuple[Tensor, Tensor]:
     if scale is None and len(uses) == 1:
         fit = max(8, _DENSE_NUMBERS // (shape[0] * shape[1]))
         return uses[0].head(fit).moments()
