@@ -228,7 +228,8 @@ class PathRecorder:
         probes = {} if self._probes is None else self._probe_blocks()
         old = self._sketches
         self._sketches = fit_basis(
-            self._held[0], probes, self._preconditioner(), self._shapes, self.settings.sketch, self._generator
+            self._held[0], probes, self._preconditioner(), self._direction(), self._shapes, self.settings.sketch,
+            self._generator,
         )
         if self._rows:
             tail = self._visits.buffered[: len(self._rows)]
@@ -251,6 +252,15 @@ class PathRecorder:
                 for name, state, found in zip(names, states, self._rule.denominators(group, states), strict=True):
                     buffer = self._rule.buffer(state)
                     out[name] = found.reciprocal() if buffer is None else found.reciprocal() * (buffer != 0)
+        return out
+
+    def _direction(self) -> dict[str, Tensor]:
+        """Where every parameter is moving: its momentum buffer, or the gradient."""
+        out = {}
+        for name, parameter in self.network.parameters.items():
+            buffer = self._rule.buffer(self._optimizer.state[parameter])
+            found = parameter.grad if buffer is None else buffer
+            out[name] = torch.zeros_like(parameter) if found is None else found.detach()
         return out
 
     def _tail_momentum(self) -> dict[str, Tensor]:

@@ -70,6 +70,7 @@ def fit_basis(
     train: Blocks,
     probes: Mapping[str, list[PerExampleGradient]],
     preconditioner: Tensors,
+    direction: Tensors,
     shapes: Mapping[str, torch.Size],
     settings: SketchSettings,
     generator: torch.Generator,
@@ -83,6 +84,7 @@ def fit_basis(
         probes: Gradients of the probes, by random cotangents; empty where there are none.
         preconditioner: D of the chord's first step, with the parameters' shapes, 0 where a weight has never moved;
             empty for the identity.
+        direction: Where the optimiser is moving: its momentum, or the gradient, with the parameters' shapes.
         shapes: Every trainable parameter's shape.
         settings: Kind and sizes.
         generator: Private source of randomness, on the CPU.
@@ -101,22 +103,35 @@ def fit_basis(
             sketches[name] = _fit_sides((sides[0], sides[1]), None, random, generator)
             continue
         diagonal = preconditioner[name].reshape(shape) if name in preconditioner else None
-        sketches[name] = _fit_one(train[name], probes.get(name), diagonal, shape, settings, generator)
+        moving = direction[name].reshape(shape)
+        sketches[name] = _fit_one(train[name], probes.get(name), diagonal, moving, settings, generator)
     return sketches
 
 
 def _fit_one(
     train: Sequence[PerExampleGradient], probes: list[PerExampleGradient] | None, diagonal: Tensor | None,
-    shape: tuple[int, int], settings: SketchSettings, generator: torch.Generator,
+    moving: Tensor, settings: SketchSettings, generator: torch.Generator,
 ) -> KroneckerSketch:  # fmt: skip
+    shape = (int(moving.shape[0]), int(moving.shape[1]))
     if diagonal is None:
-        return _fit_sides(
-            _moments(train, shape, None), None if probes is None else _moments(probes, shape, None), settings, generator
-        )
+        trained = _with_direction(_moments(train, shape, None), moving, settings.direction)
+        queried = None if probes is None else _moments(probes, shape, None)
+        return _fit_sides(trained, queried, settings, generator)
     left, right = rank_one_log(diagonal.sqrt(), (diagonal > 0).to(diagonal))
     scale = left.unsqueeze(1) * right
+    trained = _with_direction(_moments(train, shape, scale), moving * scale, settings.direction)
     queried = None if probes is None else _moments(probes, shape, diagonal / scale)
-    return _fit_sides(_moments(train, shape, scale), queried, settings, generator).scaled(left, right)
+    return _fit_sides(trained, queried, settings, generator).scaled(left, right)
+
+
+def _with_direction(moments: tuple[Tensor, Tensor], moving: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Add the direction of the displacement to the samples, with ``weight`` times the energy of all of them.
+
+    The sum over examples lies in this direction; the second moment of single examples hardly shows it.
+    """
+    rows, columns = moments
+    moving = moving * (weight**0.5 * rows.norm() / moving.norm().clamp_min(1e-30))
+    return torch.cat([rows, moving.T]), torch.cat([columns, moving])
 
 
 def _fit_sides(

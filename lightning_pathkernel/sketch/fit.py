@@ -24,6 +24,7 @@ class SketchSettings:
 
     Attributes:
         kind: Key of `SKETCHES`.
+        direction: Energy given to the direction of the displacement, relative to that of all examples.
         width: Rows of a thin factor: each parameter keeps at most ``width x width`` numbers per example.
         ridge: Regularisation of the balanced fit of the first stage.
         second_ridge: Regularisation of the balanced fit of the second stage.
@@ -33,6 +34,7 @@ class SketchSettings:
     width: int = 16
     ridge: float = 0.03
     second_ridge: float = 0.1
+    direction: float = 1.0
 
 
 @dataclass(frozen=True)
