@@ -27,7 +27,7 @@ from lightning_pathkernel.optim import UnsupportedOptimizerError, optimizer_rule
 from lightning_pathkernel.path import gauss_legendre, node_schedule
 from lightning_pathkernel.probes import ProbeTracker
 from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
-from lightning_pathkernel.sketch import SketchSettings
+from lightning_pathkernel.sketch import SKETCHES, SketchSettings
 
 __all__ = ["PathKernelCallback"]
 
@@ -50,7 +50,7 @@ class PathKernelCallback(pl.Callback):
         sketch: Kind of sketch: ``balanced``, ``deflated``, ``random`` or ``identity``.
 
     Raises:
-        ValueError: If a number is not positive.
+        ValueError: If a number is not positive, or there is no such sketch.
     """
 
     def __init__(
@@ -71,6 +71,8 @@ class PathKernelCallback(pl.Callback):
                 raise ValueError(f"{name} must be at least 1, found {value}")
         if probes < 0:
             raise ValueError(f"probes must not be negative, found {probes}")
+        if sketch not in SKETCHES:
+            raise ValueError(f"sketch must be one of {', '.join(sorted(SKETCHES))}, found {sketch!r}")
         self.dirpath = dirpath
         self.sketch_dim = sketch_dim
         self.nodes = nodes

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -28,13 +29,13 @@ class IndexRecorder:
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
-        self.batches: deque[list[int]] = deque()
+        self.batches: deque[Tensor] = deque()
 
     def __iter__(self) -> Iterator[list[int]]:
         """Hand out batches; a new pass forgets what the last one prefetched and nobody trained on."""
         self.batches.clear()
         for batch in self.inner:
-            self.batches.append([int(i) for i in batch])
+            self.batches.append(torch.from_numpy(np.array(batch, dtype=np.int64)))
             yield batch
 
     def __len__(self) -> int:
@@ -100,7 +101,7 @@ class LoaderIndices:
         """
         if not self._recorder.batches:
             raise IdentityError(f"A batch arrived that the training loader did not hand out. {REMEDY}")
-        return torch.tensor(self._recorder.batches.popleft(), dtype=torch.long)
+        return self._recorder.batches.popleft()
 
 
 def user_ids(example_ids: Callable[[Any], Tensor], batch: Any, n: int) -> Tensor:

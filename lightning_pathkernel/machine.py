@@ -302,6 +302,8 @@ class KernelMachine:
             columns = [(torch.full((n,), k), torch.full((n2,), k)) for k in range(count)]
             return torch.stack([self._kernel(x, x2, a, b, None) for a, b in columns]).sum(0)
         chosen = torch.zeros(batch_size(x), dtype=torch.long) if target is None else target
+        if target2 is None and x2 is not None:
+            target2 = torch.zeros(batch_size(x2), dtype=torch.long)
         other = chosen if target2 is None else target2
         return self._kernel(x, x2, chosen, other, output_fn)
 
@@ -320,8 +322,7 @@ class KernelMachine:
             x_train: The inputs of the training examples ``ids``, row by row.
             ids: Their ids.
             target: Output of each query, ``[Q]``.
-            target_train: Output of each training example in the kernel, ``[len(ids)]``; None for the trace over
-                the training example's outputs at the query's target, which is the target itself.
+            target_train: Output of each training example in the kernel, ``[len(ids)]``; None for the query's target.
 
         Returns:
             The coefficients.
@@ -344,9 +345,10 @@ class KernelMachine:
     def self_influence(self) -> Tensor:
         """Each example's contribution to its own loss over training, ``[N]``, in the order of ``example_ids``.
 
-        Negative: training on an example lowers its own loss. Measured in training, visit by visit, as
-        ``-weight * <g_i, D g_i>`` with the gradient ``g_i`` as it reached the optimiser, times the rows of the step, so
-        that with a mean-reduced loss the unit is that of one example's loss. Large magnitudes mark examples that the
+        Negative: training on an example lowers its own loss. Taken in training, visit by visit, as
+        ``-weight * <g_i, D g_i>`` with the gradient ``g_i`` as it reached the optimiser, as far as its chord's sketch
+        keeps it, times the rows of the step, so that with a mean-reduced loss the unit is that of one example's loss.
+        Large magnitudes mark examples that the
         network had to bend for: rare, hard or mislabelled ones.
 
         Returns:

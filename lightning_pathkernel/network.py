@@ -62,7 +62,8 @@ def batch_size(batch: object) -> int:
     Raises:
         ValueError: If there is no tensor with a first dimension in it.
     """
-    for leaf in _tensor_leaves(batch):
+    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    for leaf in [first] if type(first) is Tensor and first.dim() else _tensor_leaves(batch):
         if leaf.dim():
             return int(leaf.shape[0])
     raise ValueError(f"cannot tell the batch size of a {type(batch).__name__}: it contains no tensor with rows")

@@ -10,7 +10,7 @@ from lightning_pathkernel.functional import kernel_machine_agreement, kernel_mac
 from lightning_pathkernel.ledger import ERROR_TERMS, LEDGER_TERMS, chord_terms
 from lightning_pathkernel.network import Network
 from lightning_pathkernel.path import QuadratureRule
-from lightning_pathkernel.recording.basis import dense_sample, probe_gradients, random_cotangent
+from lightning_pathkernel.recording.basis import probe_gradients, random_cotangent
 
 __all__ = ["ProbeTracker"]
 
@@ -59,7 +59,7 @@ class ProbeTracker:
         blocks = probe_gradients(self._network, self._probes, random_cotangent(generator), rows=_VELOCITY_PROBES)
         gram: Tensor | None = None
         for uses in blocks.values():
-            whole = dense_sample(uses, _shape(uses[0].head(1).dense())).flatten(1)
+            whole = torch.stack([use.dense() for use in uses]).sum(0).flatten(1)
             gram = whole @ whole.T if gram is None else gram + whole @ whole.T
         if gram is None:
             raise RuntimeError("the probes' gradients are empty")
@@ -90,7 +90,3 @@ class ProbeTracker:
             "fidelity_linearized": float(kernel_machine_fidelity(self._initial + slope, now, self._initial)),
             "kernel_velocity": self._velocity,
         }
-
-
-def _shape(matrices: Tensor) -> tuple[int, int]:
-    return int(matrices.shape[1]), int(matrices.shape[2])

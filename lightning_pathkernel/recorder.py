@@ -6,6 +6,7 @@ but for clipping, and `after_step` once the weights have moved. A chord is close
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,7 +21,8 @@ from lightning_pathkernel.optim import ParameterUpdate, optimizer_rule
 from lightning_pathkernel.path import QuadratureRule, gauss_legendre
 from lightning_pathkernel.recording.basis import fit_basis, probe_gradients, random_cotangent
 from lightning_pathkernel.recording.displacement import ChordDisplacement
-from lightning_pathkernel.recording.rows import StepRows, carry_over, weighted
+from lightning_pathkernel.recording.rows import RowArena, StepRows, carry_over, weighted
+from lightning_pathkernel.recording.self_influence import self_influence
 from lightning_pathkernel.recording.visits import VisitWeights
 from lightning_pathkernel.sketch import KroneckerSketch, SketchSettings, fit_second_stage
 
@@ -88,6 +90,7 @@ class PathRecorder:
         self._seen: set[str] = set()
         self._visits = VisitWeights(self._names)
         self._rows: list[list[StepRows]] = []
+        self._arena = RowArena()
         self._step: list[StepRows] = []
         self._ends = frozenset(settings.nodes[1:])
         self._by_id = {id(p): name for name, p in network.parameters.items()}
@@ -109,7 +112,7 @@ class PathRecorder:
 
     def begin_batch(self, ids: Tensor) -> None:
         """Expect the per-example gradients of a batch whose examples are ``ids [n]``."""
-        rows = StepRows(ids)
+        rows = StepRows(ids, self._arena)
         self._step.append(rows)
         if self._fitted:
             sketches = self._sketches
@@ -127,6 +130,7 @@ class PathRecorder:
         """
         self.capture.check()
         self.capture.end()
+        self._step[-1].close()
 
     # one step
 
@@ -151,8 +155,9 @@ class PathRecorder:
             NonFiniteError: If they are not finite.
         """
         coefficient = self._clip_coefficient()
-        for rows in self._step:
-            rows.coefficient = coefficient
+        if coefficient != 1.0:
+            for rows in self._step:
+                rows.coefficient = coefficient
         self._visits.step(self._take_updates())
         if not self._fitted:
             self._fit(coefficient)
@@ -164,15 +169,14 @@ class PathRecorder:
 
     def _clip_coefficient(self) -> float:
         """What clipping by norm multiplied every gradient with."""
+        if self._norms is None:
+            # a loss that is not finite leaves no row of the first layer finite: cheaper to see than all norms
+            latest = self._step[-1].latest() if self._fitted else self._gradient_norms()
+            self._check_finite(0.0 if latest is None else float(latest.sum()))
+            return 1.0
         after = self._gradient_norms()
         clipped = float(after.norm())
-        if not clipped < float("inf"):
-            raise NonFiniteError(
-                f"gradients are not finite at optimiser step {self.steps}: the path ends there. Everything up to step "
-                f"{self._first_step} was recorded. Lower the learning rate, clip the gradients, or check the data."
-            )
-        if self._norms is None:
-            return 1.0
+        self._check_finite(clipped)
         total = float(self._norms.norm())
         factor = clipped / total if total > 0 else 1.0
         if float((after - factor * self._norms).abs().max()) > 1e-3 * clipped:
@@ -181,6 +185,13 @@ class PathRecorder:
                 "common factor. Clipping by norm is supported; clipping by value and other changes are not."
             )
         return factor
+
+    def _check_finite(self, value: float) -> None:
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"gradients are not finite at optimiser step {self.steps}: the path ends there. Everything up to step "
+                f"{self._first_step} was recorded. Lower the learning rate, clip the gradients, or check the data."
+            )
 
     def _take_updates(self) -> dict[ParameterUpdate, list[str]]:
         """The parameters that moved, by the scalars of their update; noted in the chord's running sums."""
@@ -228,16 +239,23 @@ class PathRecorder:
         probes = {} if self._probes is None else self._probe_blocks()
         old = self._sketches
         self._sketches = fit_basis(
-            self._held[0], probes, self._preconditioner(), self._direction(), self._shapes, self.settings.sketch,
+            self._held[0],
+            probes,
+            self._preconditioner(),
+            self._direction(),
+            self._shapes,
+            self.settings.sketch,
             self._generator,
         )
         if self._rows:
             tail = self._visits.buffered[: len(self._rows)]
             self._rows = carry_over(self._rows, tail, self._tail_momentum(), old, self._sketches)
+        self._arena.reset()
         for rows, held in zip(self._step, self._held, strict=True):
             for name, uses in held.items():
                 for use in uses:
                     rows.add(name, self._sketches[name], use)
+            rows.close()
         self._fitted = True
 
     def _probe_blocks(self) -> dict[str, list[PerExampleGradient]]:
@@ -303,7 +321,7 @@ class PathRecorder:
         chord = self.snapshot()
         if chord is None:
             return
-        chord = self._compressed(chord)
+        chord = replace(self._compressed(chord), self_inner=self._self_inner(chord))
         for name, value in chord.delta.items():
             if not bool(value.isfinite().all()):
                 raise NonFiniteError(f"weights of {name!r} are not finite at optimiser step {self.steps}")
@@ -330,6 +348,13 @@ class PathRecorder:
             rows.new_zeros(len(unique)), dict(self._sketches), None, dict(self._displacement.start), parts.delta,
             start_buffers, end_buffers, parts.preconditioner, parts.decay, parts.residual,
         )  # fmt: skip
+
+    def _self_inner(self, chord: Chord) -> Tensor:
+        """Every example's effect on its own loss over the chord, in the order of its ids."""
+        visits = self_influence(self._rows, self._visits.weights, self._sketches, chord.preconditioner)
+        ids = torch.cat([part.ids for step in self._rows for part in step])
+        out = visits.new_zeros(len(chord.example_ids))
+        return out.index_add_(0, torch.searchsorted(chord.example_ids, ids).to(out.device), visits)
 
     def _compressed(self, chord: Chord) -> Chord:
         """Bring the rows down to ``sketch_dim`` by the second stage."""

@@ -1,6 +1,6 @@
 """Per-example gradients from the user's own backward pass."""
 
-from lightning_pathkernel.capture.gradients import PerExampleGradient, matrix_shape
+from lightning_pathkernel.capture.gradients import OuterGradient, PerExampleGradient, VectorGradient, matrix_shape
 from lightning_pathkernel.capture.hooks import GradientCapture
 from lightning_pathkernel.capture.plan import CaptureError, CapturePlan, plan_capture
 from lightning_pathkernel.capture.rules import LayerCall, layer_rules, register_layer_rule
@@ -10,7 +10,9 @@ __all__ = [
     "CapturePlan",
     "GradientCapture",
     "LayerCall",
+    "OuterGradient",
     "PerExampleGradient",
+    "VectorGradient",
     "layer_rules",
     "matrix_shape",
     "plan_capture",

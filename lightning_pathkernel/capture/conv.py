@@ -11,8 +11,8 @@ from lightning_pathkernel.capture.gradients import (
     ConvGradient,
     DenseGradient,
     PerExampleGradient,
+    VectorGradient,
     grouped_conv_gradient,
-    vector_gradient,
 )
 from lightning_pathkernel.capture.rules import LayerCall, register_layer_rule
 from lightning_pathkernel.capture.windows import ConvGeometry
@@ -51,5 +51,5 @@ def conv_rule(layer: nn.Module, call: LayerCall) -> dict[str, PerExampleGradient
     else:
         out["weight"] = DenseGradient(grouped_conv_gradient(inputs, grads, geometry, conv.groups))
     if conv.bias is not None:
-        out["bias"] = vector_gradient(grads.flatten(2).sum(2))
+        out["bias"] = VectorGradient(grads.flatten(2).sum(2))
     return out

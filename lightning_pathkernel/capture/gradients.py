@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_pathkernel.capture.windows import ConvGeometry
 
@@ -22,7 +23,9 @@ __all__ = [
     "DenseGradient",
     "FactoredGradient",
     "IndexedGradient",
+    "OuterGradient",
     "PerExampleGradient",
+    "VectorGradient",
     "matrix_shape",
 ]
 
@@ -45,8 +48,8 @@ class PerExampleGradient(Protocol):
         """``left @ G_n @ right.T``, shape ``[n, k_left, k_right]``; ``None`` stands for the identity."""
         ...
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """``left [n, r]`` and ``right [n, c]`` where every ``G_n`` is their outer product, else None."""
+    def factors(self) -> tuple[Tensor, Tensor | None] | None:
+        """``left [n, r]`` and ``right [n, c]`` where every ``G_n`` is their outer product (None: c = 1), else None."""
         ...
 
     def dense(self) -> Tensor:
@@ -67,7 +70,7 @@ class PerExampleGradient(Protocol):
 
 
 def _thin(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else x @ factor.T
+    return x if factor is None else F.linear(x, factor)
 
 
 def _dense_moments(gradients: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,12 +94,8 @@ class DenseGradient:
         out = self.gradients if right is None else self.gradients @ right.T
         return out if left is None else left @ out
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """A vector parameter's gradient and a column of ones."""
-        if self.gradients.shape[2] != 1:
-            return None
-        left = self.gradients[:, :, 0]
-        return left, left.new_ones(1, 1).expand(len(left), 1)
+    def factors(self) -> None:
+        """Not of rank one."""
 
     def dense(self) -> Tensor:
         """``[n, r, c]``."""
@@ -115,6 +114,81 @@ class DenseGradient:
         return DenseGradient(self.gradients[:count])
 
 
+@dataclass(slots=True)
+class VectorGradient:
+    """A vector parameter's gradients ``values [n, r]``, as matrices with one column."""
+
+    values: Tensor
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return int(self.values.shape[0])
+
+    def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """One thin product, ``[n, k_left, k_right]``."""
+        out = _thin(self.values, left).unsqueeze(2)
+        return out if right is None else out @ right.T
+
+    def factors(self) -> tuple[Tensor, None]:
+        """The values; the other factor is 1."""
+        return self.values, None
+
+    def dense(self) -> Tensor:
+        """``[n, r, 1]``."""
+        return self.values.unsqueeze(2)
+
+    def total(self) -> Tensor:
+        """``[r, 1]``."""
+        return self.values.sum(0).unsqueeze(1)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """One sample per example, and one per number."""
+        return self.values, self.values.reshape(-1, 1)
+
+    def head(self, count: int) -> VectorGradient:
+        """The first ``count`` examples."""
+        return VectorGradient(self.values[:count])
+
+
+@dataclass(slots=True)
+class OuterGradient:
+    """``G_n = left_n right_n^T`` with ``left [n, r]`` and ``right [n, c]``: one position per example."""
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return int(self.left.shape[0])
+
+    def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """Two thin products, ``[n, k_left, k_right]``."""
+        return _thin(self.left, left).unsqueeze(2) * _thin(self.right, right).unsqueeze(1)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The two factors."""
+        return self.left, self.right
+
+    def dense(self) -> Tensor:
+        """``[n, r, c]``."""
+        return self.project(None, None)
+
+    def total(self) -> Tensor:
+        """``[r, c]``, without forming the gradients."""
+        return self.left.T @ self.right
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """One sample per example."""
+        left, right = self.left, self.right
+        return left * right.norm(dim=1, keepdim=True), right * left.norm(dim=1, keepdim=True)
+
+    def head(self, count: int) -> OuterGradient:
+        """The first ``count`` examples."""
+        return OuterGradient(self.left[:count], self.right[:count])
+
+
 @dataclass(frozen=True)
 class FactoredGradient:
     """``G_n = sum_s left_s right_s^T`` with ``left [n, s, r]`` and ``right [n, s, c]``."""
@@ -131,9 +205,8 @@ class FactoredGradient:
         """Two thin products and a sum over positions, ``[n, k_left, k_right]``."""
         return _thin(self.left, left).transpose(1, 2) @ _thin(self.right, right)
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """The two factors, where there is one position."""
-        return (self.left[:, 0], self.right[:, 0]) if self.left.shape[1] == 1 else None
+    def factors(self) -> None:
+        """Not of rank one."""
 
     def dense(self) -> Tensor:
         """``[n, r, c]``."""
@@ -144,11 +217,8 @@ class FactoredGradient:
         return self.left.flatten(0, 1).T @ self.right.flatten(0, 1)
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """One sample per example when there is one position; otherwise those of the formed gradients."""
-        if self.left.shape[1] > 1:
-            return _dense_moments(self.dense())
-        left, right = self.left[:, 0], self.right[:, 0]
-        return left * right.norm(dim=1, keepdim=True), right * left.norm(dim=1, keepdim=True)
+        """Samples of the formed gradients."""
+        return _dense_moments(self.dense())
 
     def head(self, count: int) -> FactoredGradient:
         """The first ``count`` examples."""
@@ -250,11 +320,6 @@ def grouped_conv_gradient(inputs: Tensor, grad_outputs: Tensor, geometry: ConvGe
     windows = windows.reshape(n, groups, windows.shape[1] // groups, -1)
     grads = grad_outputs.flatten(2).reshape(n, groups, c_out // groups, -1)
     return (grads @ windows.transpose(2, 3)).reshape(n, c_out, -1)
-
-
-def vector_gradient(per_example: Tensor) -> DenseGradient:
-    """Gradients of a vector parameter, ``per_example [n, r]``, as a matrix with one column."""
-    return DenseGradient(per_example.unsqueeze(2))
 
 
 def zero_where(mask: Tensor, values: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from lightning_pathkernel.capture.rules import LayerCall
 
 __all__ = ["GradientCapture", "GradientSink"]
 
+_Arguments = tuple[tuple[object, ...], dict[str, object]]
 GradientSink = Callable[[str, PerExampleGradient], None]
 """``sink(parameter, gradient)``: called once for each use of a parameter in the backward pass."""
 
@@ -56,9 +57,37 @@ class GradientCapture:
             This object.
         """
         for module in self._model.modules():
-            if id(module) in self._owners or next(module.children(), None) is not None:
+            owner = self._owners.get(id(module))
+            if owner is not None and owner.rule is not None:
+                self._handles.append(module.register_forward_hook(self._layer_hook(owner), with_kwargs=True))
+            if (owner is not None and owner.rule is None) or next(module.children(), None) is not None:
                 self._handles.append(module.register_forward_hook(self._after_forward, with_kwargs=True))
         return self
+
+    def _layer_hook(self, owner: OwnedLayer) -> Callable[..., None]:
+        """A hook for a layer with a rule, short because it runs in every step."""
+        dim = batch_dimension(owner.module)
+
+        def after_forward(
+            module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
+        ) -> None:
+            sink = self._sink
+            if sink is None:
+                return
+            start = time.perf_counter()
+            first = args[0] if len(args) == 1 and not kwargs else None
+            if type(first) is not Tensor or type(output) is not Tensor:
+                fits = self._batched(module, args, kwargs, output)
+            else:
+                shape, shape_out = first.shape, output.shape
+                fits = len(shape) > dim < len(shape_out) and shape[dim] == self._n == shape_out[dim]
+            if fits:
+                self._watch(owner, args, kwargs, output, sink)
+            elif torch.is_grad_enabled():
+                self._watch_pending(module, owner.parameters, args, kwargs, output, sink)
+            self.seconds += time.perf_counter() - start
+
+        return after_forward
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -103,21 +132,18 @@ class GradientCapture:
     def _after_forward(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
     ) -> None:
+        """Of a module without a rule, or one whose children left parameters to it."""
         sink = self._sink
         if sink is None or not torch.is_grad_enabled():
             return
         owner = self._owners.get(id(module))
         pending = self._pending.pop(id(module), {})
-        if owner is None and not pending:
+        if owner is not None and owner.rule is None:
+            pending = {**pending, **owner.parameters}
+        if not pending:
             return
         start = time.perf_counter()
-        if owner is not None and (owner.rule is None or not self._batched(module, args, kwargs, output)):
-            pending = {**pending, **owner.parameters}
-            owner = None
-        if owner is not None:
-            self._watch(owner, args, kwargs, output, sink)
-        if pending:
-            self._watch_pending(module, pending, args, kwargs, output, sink)
+        self._watch_pending(module, pending, args, kwargs, output, sink)
         self.seconds += time.perf_counter() - start
 
     def _watch_pending(
@@ -141,10 +167,6 @@ class GradientCapture:
         lifted.update({f"{prefix}.{name}": canonical for name, canonical in pending.items()})
 
     def _batched(self, module: nn.Module, args: tuple[object, ...], kwargs: object, output: object) -> bool:
-        if type(output) is Tensor and len(args) == 1 and type(args[0]) is Tensor and not kwargs:
-            dim, n = batch_dimension(module), self._n
-            first = args[0]
-            return first.dim() > dim and first.shape[dim] == n and output.dim() > dim and output.shape[dim] == n
         dim = batch_dimension(module)
         inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         outputs = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
@@ -171,22 +193,37 @@ class GradientCapture:
         for index, tensor in enumerate(tensors):
             if not tensor.requires_grad:
                 continue
+            # emptied when the gradient arrives: an input kept any longer is memory that backward cannot use again
+            held = [(args, kwargs)]
 
-            def on_gradient(grad: Tensor, index: int = index) -> None:
+            def on_gradient(grad: Tensor, index: int = index, held: list[_Arguments] = held) -> None:
                 start = time.perf_counter()
-                with torch.no_grad(), self._paused():
-                    call = LayerCall(args, kwargs, index, grad.detach(), training, n)
-                    for name, gradient in _gradients(owner, call).items():
-                        sink(owner.parameters[name], gradient)
+                if not held:
+                    raise CaptureError(
+                        f"{owner.path or 'the model'!r} received a second gradient in one batch: backward ran twice "
+                        "through the same graph (retain_graph=True, or a gradient inside the training step)."
+                    )
+                call = LayerCall(*held.pop(), index, grad.detach(), training, n)
+                if torch.is_grad_enabled():  # backward(create_graph=True)
+                    with torch.no_grad():
+                        self._send(owner, call, sink)
+                else:
+                    self._send(owner, call, sink)
                 self.seconds += time.perf_counter() - start
 
             tensor.register_hook(on_gradient)
 
-
-def _gradients(owner: OwnedLayer, call: LayerCall) -> dict[str, PerExampleGradient]:
-    if owner.rule is None:
-        return fallback_gradients(owner.module, call, list(owner.parameters))
-    return {name: g for name, g in owner.rule(owner.module, call).items() if name in owner.parameters}
+    def _send(self, owner: OwnedLayer, call: LayerCall, sink: GradientSink) -> None:
+        found: Mapping[str, PerExampleGradient]
+        if owner.rule is None:
+            with self._paused():
+                found = fallback_gradients(owner.module, call, list(owner.parameters))
+        else:
+            found = owner.rule(owner.module, call)
+        for name, gradient in found.items():
+            canonical = owner.parameters.get(name)
+            if canonical is not None:
+                sink(canonical, gradient)
 
 
 def _parents(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:

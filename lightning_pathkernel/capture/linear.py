@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from lightning_pathkernel.capture.gradients import FactoredGradient, PerExampleGradient, vector_gradient
+from lightning_pathkernel.capture.gradients import (
+    FactoredGradient,
+    OuterGradient,
+    PerExampleGradient,
+    VectorGradient,
+)
 from lightning_pathkernel.capture.rules import LayerCall, register_layer_rule
 
 __all__ = ["linear_rule"]
@@ -21,11 +26,14 @@ def linear_rule(layer: nn.Module, call: LayerCall) -> dict[str, PerExampleGradie
         call: Inputs ``[n, *s, i]`` and output gradients ``[n, *s, o]``.
 
     Returns:
-        Gradients of ``weight [o, i]`` and, where there is one, of ``bias [o]``.
+        Gradients of ``weight [o, i]`` and of ``bias [o]``.
     """
-    grads = call.grad_output.reshape(call.n, -1, call.grad_output.shape[-1])
-    inputs = call.input.reshape(call.n, -1, call.input.shape[-1])
+    grads, inputs = call.grad_output, call.input
+    if grads.dim() == 2:
+        return {"weight": OuterGradient(grads, inputs), "bias": VectorGradient(grads)}
+    grads = grads.reshape(call.n, -1, grads.shape[-1])
+    inputs = inputs.reshape(call.n, -1, inputs.shape[-1])
     out: dict[str, PerExampleGradient] = {"weight": FactoredGradient(grads, inputs)}
     if layer.bias is not None:
-        out["bias"] = vector_gradient(grads.sum(1))
+        out["bias"] = VectorGradient(grads.sum(1))
     return out

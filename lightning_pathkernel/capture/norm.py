@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_pathkernel.capture.gradients import DenseGradient, PerExampleGradient
+from lightning_pathkernel.capture.gradients import DenseGradient, PerExampleGradient, VectorGradient
 from lightning_pathkernel.capture.rules import LayerCall, register_layer_rule
 
 __all__ = ["batch_norm_rule", "group_norm_rule", "layer_norm_rule", "rms_norm_rule"]
@@ -33,7 +33,7 @@ def _collect(layer: nn.Module, weight: Tensor, bias: Tensor, rows: int) -> dict[
     for name, value in (("weight", weight), ("bias", bias)):
         if getattr(layer, name, None) is not None:
             flat = value.reshape(value.shape[0], rows, -1)
-            out[name] = DenseGradient(flat)
+            out[name] = VectorGradient(flat[:, :, 0]) if flat.shape[2] == 1 else DenseGradient(flat)
     return out
 
 

@@ -13,7 +13,7 @@ from lightning_pathkernel.capture.gradients import PerExampleGradient
 __all__ = ["LayerCall", "LayerRule", "layer_rules", "register_layer_rule"]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class LayerCall:
     """One call of a layer in the forward pass, as seen when its output's gradient arrived.
 
@@ -36,6 +36,9 @@ class LayerCall:
     @property
     def input(self) -> Tensor:
         """The first tensor among the arguments."""
+        first = self.args[0] if self.args else None
+        if type(first) is Tensor:
+            return first
         for value in (*self.args, *self.kwargs.values()):
             if isinstance(value, Tensor):
                 return value
@@ -43,7 +46,9 @@ class LayerCall:
 
 
 LayerRule = Callable[[nn.Module, LayerCall], Mapping[str, PerExampleGradient]]
-"""``rule(layer, call)`` -> parameter name within the layer -> its per-example gradients, eq. (5)."""
+"""``rule(layer, call)`` -> parameter name within the layer -> its per-example gradients, eq. (5).
+
+Names that the layer does not train (no bias, or a frozen one) are passed over."""
 
 RuleT = TypeVar("RuleT", bound=LayerRule)
 _RULES: dict[type[nn.Module], LayerRule] = {}

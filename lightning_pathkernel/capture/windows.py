@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = ["ConvGeometry"]
 
-_CONVOLVED = 16
-"""Windows of at most this many numbers are written out by a convolution, which is faster than slicing."""
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -36,15 +32,13 @@ class ConvGeometry:
 
     def unfold(self, inputs: Tensor) -> Tensor:
         """Every window written out, ``[n, c_in * window, positions]``."""
-        size = inputs.shape[1] * math.prod(self.kernel)
-        if size <= _CONVOLVED:
-            return self.convolve(inputs, torch.eye(size, dtype=inputs.dtype, device=inputs.device)).flatten(2)
         if any(self.padding):
             inputs = F.pad(inputs, [p for size in reversed(self.padding) for p in (size, size)])
-        columns = []
-        for offset in itertools.product(*(range(size) for size in self.kernel)):
-            where = [slice(None), slice(None)]
-            for o, d, s, size in zip(offset, self.dilation, self.stride, self.output, strict=True):
-                where.append(slice(o * d, o * d + s * (size - 1) + 1, s))
-            columns.append(inputs[tuple(where)].flatten(2))
-        return torch.stack(columns, dim=2).flatten(1, 2)
+        inputs = inputs.contiguous()
+        steps = inputs.stride()[2:]
+        within = [d * s for d, s in zip(self.dilation, steps, strict=True)]
+        across = [d * s for d, s in zip(self.stride, steps, strict=True)]
+        windows = inputs.as_strided(
+            (*inputs.shape[:2], *self.kernel, *self.output), (*inputs.stride()[:2], *within, *across)
+        )
+        return windows.reshape(inputs.shape[0], inputs.shape[1] * math.prod(self.kernel), -1)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_pathkernel.capture import PerExampleGradient, matrix_shape
+from lightning_pathkernel.capture import OuterGradient, PerExampleGradient, VectorGradient, matrix_shape
 from lightning_pathkernel.network import Network, Tensors, batch_size, take_rows
 from lightning_pathkernel.sketch import KroneckerSketch, SideMoments, SketchSettings, fit_sketch, rank_one_log
 
@@ -15,6 +15,8 @@ __all__ = ["Blocks", "dense_sample", "fit_basis", "probe_gradients", "random_cot
 
 Blocks = Mapping[str, Sequence[PerExampleGradient]]
 """Parameter -> per-example gradients of each of its uses; the uses add up."""
+
+Sketches = Mapping[str, KroneckerSketch]
 
 _DENSE_NUMBERS = 1 << 23
 """At most this many numbers of per-example gradients are formed at once."""
@@ -92,7 +94,7 @@ def fit_basis(
     Returns:
         Parameter -> sketch.
     """
-    sketches = {}
+    sketches: dict[str, KroneckerSketch] = {}
     like = next(iter(train.values()))[0].total()
     device, dtype = like.device, like.dtype
     for name, size in shapes.items():
@@ -103,9 +105,24 @@ def fit_basis(
             sketches[name] = _fit_sides((sides[0], sides[1]), None, random, generator)
             continue
         diagonal = preconditioner[name].reshape(shape) if name in preconditioner else None
+        weight = _weight_of(train[name], train, sketches) if diagonal is None else None
+        if weight is not None:
+            sketches[name] = KroneckerSketch(shape[0], 1, weight.train_left, None, weight.query_left, None)
+            continue
         moving = direction[name].reshape(shape)
         sketches[name] = _fit_one(train[name], probes.get(name), diagonal, moving, settings, generator)
     return sketches
+
+
+def _weight_of(uses: Sequence[PerExampleGradient], train: Blocks, known: Sketches) -> KroneckerSketch | None:
+    """The sketch of the weight whose left factors a bias shares, so that one product serves both."""
+    if len(uses) > 1 or not isinstance(uses[0], VectorGradient):
+        return None
+    for name, sketch in known.items():
+        other = train.get(name, ())
+        if len(other) == 1 and isinstance(other[0], OuterGradient) and other[0].left is uses[0].values:
+            return sketch
+    return None
 
 
 def _fit_one(
@@ -125,10 +142,8 @@ def _fit_one(
 
 
 def _with_direction(moments: tuple[Tensor, Tensor], moving: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """Add the direction of the displacement to the samples, with ``weight`` times the energy of all of them.
-
-    The sum over examples lies in this direction; the second moment of single examples hardly shows it.
-    """
+    """Add the direction of the displacement to the samples, with ``weight`` times the energy of all of them."""
+    # the sum over examples lies in this direction, and the second moment of single examples hardly shows it
     rows, columns = moments
     moving = moving * (weight**0.5 * rows.norm() / moving.norm().clamp_min(1e-30))
     return torch.cat([rows, moving.T]), torch.cat([columns, moving])

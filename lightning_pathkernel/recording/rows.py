@@ -17,9 +17,43 @@ from torch import Tensor
 from lightning_pathkernel.capture import PerExampleGradient
 from lightning_pathkernel.sketch import KroneckerSketch
 
-__all__ = ["StepRows", "carry_over", "weighted"]
+__all__ = ["RowArena", "StepRows", "carry_over", "weighted"]
 
 Sketches = Mapping[str, KroneckerSketch]
+
+
+class RowArena:
+    """Memory for one chord's rows, taken once and used again by every later chord.
+
+    A row is small, but lives as long as its chord: allocated one by one among the tensors of a backward pass they break
+    its memory up, and every step pays for fresh pages (measured: docs/benchmarks.md).
+
+    Args:
+        block: Numbers allocated at once.
+    """
+
+    def __init__(self, block: int = 9 << 20) -> None:
+        self._size = block
+        self._blocks: list[Tensor] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Everything kept so far may be written over."""
+        self._block, self._at = 0, 0
+
+    def new(self, n: int, k: int, like: Tensor) -> Tensor:
+        """Room for rows ``[n, k]`` of the dtype and on the device of ``like``; it is theirs until the next `reset`."""
+        total = n * k
+        while self._block < len(self._blocks) and self._at + total > len(self._blocks[self._block]):
+            self._block, self._at = self._block + 1, 0
+        if self._block == len(self._blocks):
+            # filled, so that its pages are there before the steps that write to it
+            self._blocks.append(like.new_empty(max(self._size, total)).fill_(0.0))
+        block = self._blocks[self._block]
+        if block.dtype != like.dtype or block.device != like.device:
+            return like.new_empty(n, k)
+        self._at += total
+        return block.as_strided((n, k), (k, 1), self._at - total)
 
 
 @dataclass
@@ -30,18 +64,51 @@ class StepRows:
         ids: Training examples, ``[n]``.
         parts: Parameter -> one entry per use: features ``[n, k_left * k_right]``, or their two factors.
         coefficient: What clipping multiplied the gradients with.
+        arena: Where the parts are kept.
     """
 
     ids: Tensor
+    arena: RowArena
     parts: dict[str, list[tuple[Tensor, ...]]] = field(default_factory=dict)
     coefficient: float = 1.0
+    _last: tuple[Tensor, Tensor | None, Tensor] | None = None
 
     def add(self, name: str, sketch: KroneckerSketch, gradient: PerExampleGradient) -> None:
         """Take in one use of one parameter."""
         factors = gradient.factors()
-        part: tuple[Tensor, ...]
-        part = (sketch.train(gradient),) if factors is None else sketch.train_factors(*factors)
-        self.parts.setdefault(name, []).append(part)
+        if factors is None:
+            part: tuple[Tensor, ...] = (self._kept(sketch.train(gradient)),)
+        else:
+            left, right = factors
+            part = (self._left(left, sketch.train_left),)
+            if right is not None:
+                part = (*part, self._product(right, sketch.train_right))
+        if name in self.parts:
+            self.parts[name].append(part)
+        else:
+            self.parts[name] = [part]
+
+    def _left(self, left: Tensor, factor: Tensor | None) -> Tensor:
+        """A weight and its bias have the same left factor, and under a common basis the same product."""
+        if self._last is None or self._last[0] is not left or self._last[1] is not factor:
+            self._last = (left, factor, self._product(left, factor))
+        return self._last[2]
+
+    def _product(self, rows: Tensor, factor: Tensor | None) -> Tensor:
+        if factor is None:
+            return self._kept(rows)
+        return torch.mm(rows, factor.T, out=self.arena.new(len(rows), len(factor), rows))
+
+    def _kept(self, rows: Tensor) -> Tensor:
+        return self.arena.new(len(rows), rows.shape[1], rows).copy_(rows)
+
+    def close(self) -> None:
+        """Nothing more is taken in: let go of what adding kept at hand."""
+        self._last = None
+
+    def latest(self) -> Tensor | None:
+        """What was taken in last: it comes from the layer that backward reaches last."""
+        return next(reversed(self.parts.values()))[0][0] if self.parts else None
 
     def features(self, sketches: Sketches) -> Tensor:
         """All features, ``[n, F]``."""
@@ -120,7 +187,7 @@ def carry_over(
     counts = [len(step) for step in steps]
     before = split(torch.cat(steps), old)
     shares = torch.from_numpy(np.repeat(buffered, counts, axis=0)).to(steps[0])
-    after = [StepRows(torch.cat([part.ids for part in step])) for step in batches]
+    after = [StepRows(torch.cat([part.ids for part in step]), step[0].arena) for step in batches]
     for j, (name, sketch) in enumerate(old.items()):
         rows = sketch.reexpress(before[name], new[name])
         if name in momentum:

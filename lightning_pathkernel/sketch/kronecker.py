@@ -69,12 +69,6 @@ class KroneckerSketch:
         """Features of training examples, ``[n, k_left * k_right]``."""
         return gradient.project(self.train_left, self.train_right).flatten(1)
 
-    def train_factors(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """`train` of outer products ``left [n, r] x right [n, c]``: their factors ``[n, k_left]``, ``[n, k_right]``."""
-        if self.train_left is not None:
-            left = left @ self.train_left.T
-        return left, right if self.train_right is None else right @ self.train_right.T
-
     def query(self, gradient: Contractible, preconditioner: Tensor | None = None) -> Tensor:
         """Features of queries, ``[n, k_left * k_right]``; ``preconditioner [r, c]`` is D."""
         if preconditioner is None:
@@ -99,35 +93,43 @@ class KroneckerSketch:
         z = features.unflatten(-1, self.shape)
         return _sandwich(_transposed(self.query_left), z, _transposed(self.query_right))
 
+    def brought_back(self, matrices: Tensor) -> Tensor:
+        """The adjoint of `synthesise`: whole matrices ``[*, r, c]`` to query features ``[*, k_left * k_right]``."""
+        return _sandwich(self.query_left, matrices, self.query_right).flatten(-2)
+
     def reexpress(self, features: Tensor, target: KroneckerSketch) -> Tensor:
         """Training features ``[n, k]`` of this sketch in the basis of another, through the kept subspace."""
         left = _change(target.train_left, self.query_left)
         right = _change(target.train_right, self.query_right)
         return _sandwich(left, features.unflatten(-1, self.shape), right).flatten(1)
 
-    def scaled(self, left: Tensor, right: Tensor) -> KroneckerSketch:
+    def scaled(self, left: Tensor, right: Tensor | None) -> KroneckerSketch:
         """The same sketch over a rank-one scale ``left [r] x right [c]``, moved to the training side.
 
         The training factors are multiplied by it and the query factors divided, so inner products stay.
 
         Args:
             left: Scale of the rows, positive.
-            right: Scale of the columns, positive.
+            right: Scale of the columns, positive; None for none.
 
         Returns:
             The scaled sketch.
         """
 
-        def times(factor: Tensor | None, by: Tensor) -> Tensor:
+        def times(factor: Tensor | None, by: Tensor | None) -> Tensor | None:
+            if by is None:
+                return factor
             return torch.diag(by) if factor is None else factor * by
 
+        if self.columns == 1 and right is not None:
+            left, right = left * right, None
         return KroneckerSketch(
             self.rows,
             self.columns,
             times(self.train_left, left),
             times(self.train_right, right),
             times(self.query_left, 1 / left),
-            times(self.query_right, 1 / right),
+            times(self.query_right, None if right is None else 1 / right),
         )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -1,0 +1,71 @@
+"""Each visit's effect on its own loss, from the rows that its chord's sketch keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lightning_pathkernel.capture import matrix_shape
+from lightning_pathkernel.network import Tensors
+from lightning_pathkernel.recording.rows import StepRows, split
+from lightning_pathkernel.sketch import KroneckerSketch
+
+__all__ = ["self_influence"]
+
+_NUMBERS = 1 << 23
+"""At most this many numbers of gradients brought back are formed at once."""
+
+
+def self_influence(
+    batches: list[list[StepRows]],
+    weights: npt.NDArray[np.float64],
+    sketches: Mapping[str, KroneckerSketch],
+    preconditioner: Tensors,
+) -> Tensor:
+    """``-weight * <g, D g>`` times the rows of the step, with g as far as the sketch keeps it.
+
+    Args:
+        batches: For each step, its batches.
+        weights: One per step and parameter, eq. (5).
+        sketches: The chord's basis.
+        preconditioner: Its D; empty for the identity.
+
+    Returns:
+        One number per visit, in the order of the visits.
+    """
+    forms = {name: _Energy(sketch, preconditioner.get(name)) for name, sketch in sketches.items()}
+    out = []
+    for step, factors in zip(batches, weights, strict=True):
+        features = torch.cat([part.features(sketches) for part in step])
+        parts = split(features, sketches).items()
+        energies = [forms[name](z) * -float(factor) for (name, z), factor in zip(parts, factors, strict=True)]
+        out.append(torch.stack(energies).sum(0) * len(features))
+    return torch.cat(out)
+
+
+class _Energy:
+    """The quadratic form ``z -> <g, D g>`` of the gradient g that features z stand for."""
+
+    def __init__(self, sketch: KroneckerSketch, preconditioner: Tensor | None) -> None:
+        shape = (sketch.rows, sketch.columns)
+        self._diagonal = None if preconditioner is None else preconditioner.reshape(matrix_shape(preconditioner.shape))
+        self._form: Tensor | None = None
+        factor = next(iter(sketch.tensors().values()), None)
+        if factor is None:
+            return
+        basis = torch.eye(sketch.features, dtype=factor.dtype, device=factor.device)
+        self._form = torch.empty_like(basis)
+        for rows in torch.arange(len(basis)).split(max(1, _NUMBERS // (shape[0] * shape[1]))):
+            back = sketch.synthesise(basis[rows])
+            back = back if self._diagonal is None else back * self._diagonal
+            self._form[rows] = sketch.brought_back(back)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        if self._form is not None:
+            return ((features @ self._form) * features).sum(1)
+        squares = features.square()
+        return (squares if self._diagonal is None else squares * self._diagonal.flatten()).sum(1)
