@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lightning_pathkernel.capture import matrix_shape
 from lightning_pathkernel.chord import Chord
+from lightning_pathkernel.network import Tensors
 from lightning_pathkernel.sketch import KroneckerSketch
 from lightning_pathkernel.store import ArtifactError, read_group, write_group
 
@@ -62,7 +66,7 @@ def read_chord(path: Path) -> Chord:
     groups, facts = read_group(path)
     try:
         return _assemble(groups, facts)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, IndexError, AttributeError) as error:
         raise ArtifactError(f"{path.name}: not a chord: {error!r}") from error
 
 
@@ -83,13 +87,41 @@ def _assemble(groups: dict[str, dict[str, Any]], facts: dict[str, Any]) -> Chord
 
 
 def _check_shapes(chord: Chord) -> None:
-    features = sum(sketch.features for sketch in chord.sketches.values())
-    stage = chord.second_stage
+    features = sum(_checked(name, sketch).features for name, sketch in chord.sketches.items())
+    stage, ids = chord.second_stage, chord.example_ids
     width = features if stage is None else int(stage.shape[0])
-    if stage is not None and stage.shape[1] != features:
+    if stage is not None and (stage.dim() != 2 or stage.shape[1] != features):
         raise ValueError(f"second stage of {tuple(stage.shape)} for {features} features")
-    if chord.rows.shape != (len(chord.example_ids), width):
-        raise ValueError(f"rows of {tuple(chord.rows.shape)} for {len(chord.example_ids)} examples x {width}")
-    for name, w in chord.start.items():
-        if chord.delta[name].shape != w.shape or name not in chord.sketches:
-            raise ValueError(f"parameter {name!r} does not fit")
+    if ids.dim() != 1 or ids.dtype != torch.long or chord.self_inner.shape != ids.shape:
+        raise ValueError(
+            f"example ids {tuple(ids.shape)} of {ids.dtype}, {tuple(chord.self_inner.shape)} inner products"
+        )
+    if chord.rows.shape != (len(ids), width):
+        raise ValueError(f"rows of {tuple(chord.rows.shape)} for {len(ids)} examples x {width}")
+    if not chord.start or chord.start.keys() != chord.sketches.keys() or chord.delta.keys() != chord.start.keys():
+        raise ValueError("start, displacement and sketches are of different parameters")
+    for kind in ("delta", "preconditioner", "decay", "residual"):
+        _check_like(kind, getattr(chord, kind), chord.start)
+    if chord.start_buffers.keys() != chord.end_buffers.keys():
+        raise ValueError("buffers at the two ends differ")
+    _check_like("end_buffers", chord.end_buffers, chord.start_buffers)
+    for name, sketch in chord.sketches.items():
+        if matrix_shape(chord.start[name].shape) != (sketch.rows, sketch.columns):
+            raise ValueError(f"sketch of {name!r} for {sketch.rows} x {sketch.columns}")
+
+
+def _check_like(kind: str, values: Tensors, like: Tensors) -> None:
+    for name, value in values.items():
+        if name not in like or value.shape != like[name].shape or value.dtype != like[name].dtype:
+            raise ValueError(f"{kind} of {name!r} does not fit")
+
+
+def _checked(name: str, sketch: KroneckerSketch) -> KroneckerSketch:
+    for d, pair in (
+        (sketch.rows, (sketch.train_left, sketch.query_left)),
+        (sketch.columns, (sketch.train_right, sketch.query_right)),
+    ):
+        found = [tuple(factor.shape) for factor in pair if factor is not None]
+        if found and (len(found) != 2 or found[0] != found[1] or len(found[0]) != 2 or found[0][1] != d or d < 1):
+            raise ValueError(f"factors of {name!r} of shapes {found} for a dimension of {d}")
+    return sketch

@@ -109,10 +109,11 @@ def fit_sketch(
     Returns:
         The sketch.
     """
+    fitter = SKETCHES[settings.kind]
     pairs: list[Pair] = []
     for side in (left, right):
         small = side.train.shape[1] <= settings.width
-        pairs.append((None, None) if small else SKETCHES[settings.kind](side, settings.width, settings, generator))
+        pairs.append((None, None) if small else fitter(side, settings.width, settings, generator))
     rows, columns = left.train.shape[1], right.train.shape[1]
     return KroneckerSketch(rows, columns, pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1])
 

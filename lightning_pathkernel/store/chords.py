@@ -42,7 +42,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise ArtifactError(f"{path.name}: header of {header} bytes, at most {_HEADER_LIMIT} are accepted")
         with safe_open(str(path), framework="pt", device="cpu") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except ArtifactError:
+        raise
+    except (OSError, SafetensorError, ValueError, RuntimeError, OverflowError, TypeError) as error:
         raise ArtifactError(f"{path.name}: cannot be read as safetensors: {error}") from error
 
 
@@ -61,7 +63,7 @@ def read_group(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, obje
     tensors, metadata = read_tensors(path)
     try:
         facts = json.loads(metadata["facts"])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path.name}: no readable facts in the header") from error
     groups: dict[str, dict[str, Tensor]] = {}
     for full, tensor in tensors.items():

@@ -50,22 +50,59 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         files, version = manifest["files"], manifest["version"]
         known = manifest["format"] == FORMAT and version[0] == FORMAT_VERSION[0]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ArtifactError(f"{MANIFEST}: malformed: {error!r}") from error
     if not known:
         raise ArtifactError(
             f"{MANIFEST}: format {manifest['format']!r} {version}, this version reads {FORMAT!r} {FORMAT_VERSION[0]}.x"
         )
+    _check_contents(manifest)
     for name, facts in files.items():
         _check_size(directory, name, facts)
     return dict(manifest)
+
+
+def _check_contents(manifest: dict[str, Any]) -> None:
+    """Refuse a manifest that lacks what a machine needs, or lists it in another form."""
+    files, chords, module = manifest["files"], manifest.get("chords"), manifest.get("module")
+    wrong = None
+    if manifest.get("required_features") != []:
+        wrong = f"required_features {manifest.get('required_features')!r}, this version has none"
+    elif not isinstance(files, dict):
+        wrong = "files is not a table"
+    elif bad := [name for name, facts in files.items() if not isinstance(facts, dict)]:
+        wrong = f"no facts of {min(bad)}"
+    elif (
+        not isinstance(chords, list)
+        or not chords
+        or chords != [f"chord-{i:06d}.safetensors" for i in range(len(chords))]
+    ):
+        wrong = "chords is not the list of all chords in order"
+    elif sorted(chords) != sorted(n for n in files if n.startswith("chord-")) or "constants.safetensors" not in files:
+        wrong = "the chords or the constants are not those of the table of files"
+    elif not isinstance(module, dict) or not all(_described(module.get(kind)) for kind in ("parameters", "buffers")):
+        wrong = "module does not describe parameters and buffers"
+    elif not all("trainable" in facts for facts in module["parameters"].values()):
+        wrong = "module does not say which parameters are trainable"
+    if wrong:
+        raise ArtifactError(f"{MANIFEST}: malformed: {wrong}")
+
+
+def _described(tensors: object) -> bool:
+    return isinstance(tensors, dict) and all(
+        isinstance(facts, dict) and {"shape", "dtype"} <= facts.keys() for facts in tensors.values()
+    )
 
 
 def _check_size(directory: Path, name: str, facts: dict[str, Any]) -> None:
     if not _plain_name(name):
         raise ArtifactError(f"{MANIFEST}: {name!r} is not a plain file name")
     path = directory / name
-    if path.is_symlink() or not path.is_file():
+    try:
+        there = path.is_file() and not path.is_symlink()
+    except OSError:
+        there = False
+    if not there:
         raise ArtifactError(f"{name}: listed in {MANIFEST}, but there is no such file")
     if path.stat().st_size != facts.get("bytes"):
         raise ArtifactError(f"{name}: {path.stat().st_size} bytes, {facts.get('bytes')} expected: truncated or altered")

@@ -1,0 +1,213 @@
+"""Rows kept in the arena: the same numbers as sketched one by one, in memory that is used again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_pathkernel.capture.gradients import DenseGradient, OuterGradient, PerExampleGradient, VectorGradient
+from lightning_pathkernel.recording.rows import RowArena, StepRows, carry_over, weighted
+from lightning_pathkernel.sketch import KroneckerSketch
+
+R, C, K = 7, 9, 4
+Uses = Mapping[str, Sequence[PerExampleGradient]]
+
+
+def private(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=private(seed), dtype=torch.float64).to(dtype)
+
+
+def basis(seed: int, dtype: torch.dtype = torch.float64) -> dict[str, KroneckerSketch]:
+    """Factors on both sides, on one, and on none; the query factors are the training side's pseudo-inverses."""
+
+    def sketch(r: int, c: int, left: bool, right: bool, at: int) -> KroneckerSketch:
+        train = [normal(at + i, K, d, dtype=dtype) if has else None for i, d, has in ((0, r, left), (1, c, right))]
+        query = [None if p is None else torch.linalg.pinv(p).T for p in train]
+        return KroneckerSketch(r, c, *train, *query)
+
+    return {
+        "both": sketch(R, C, True, True, seed),
+        "right": sketch(3, C, False, True, seed + 2),
+        "whole": sketch(3, 2, False, False, seed + 4),
+        "bias": sketch(R, 1, True, False, seed + 6),
+        "unused": sketch(R, C, True, True, seed + 8),
+    }
+
+
+def gradients(seed: int, n: int, dtype: torch.dtype = torch.float64) -> dict[str, list[PerExampleGradient]]:
+    """Of one batch: every form, and a parameter of two uses."""
+
+    def some(at: int, *shape: int) -> Tensor:
+        return normal(100 * seed + at, n, *shape, dtype=dtype)
+
+    left = some(0, R)
+    return {
+        "both": [OuterGradient(left, some(1, C)), DenseGradient(some(2, R, C))],
+        "bias": [VectorGradient(left)],
+        "right": [OuterGradient(some(3, 3), some(4, C))],
+        "whole": [OuterGradient(some(5, 3), some(6, 2))],
+    }
+
+
+def added(arena: RowArena, sketches: Mapping[str, KroneckerSketch], uses: Uses, n: int) -> StepRows:
+    rows = StepRows(torch.arange(n), arena)
+    for name, parts in uses.items():
+        for part in parts:
+            rows.add(name, sketches[name], part)
+    rows.close()
+    return rows
+
+
+def unpacked(sketches: Mapping[str, KroneckerSketch], uses: Uses, n: int) -> Tensor:
+    """Every gradient formed whole and sketched by itself."""
+    like = next(iter(uses.values()))[0].dense()
+    columns = []
+    for name, sketch in sketches.items():
+        zero = like.new_zeros(n, sketch.features)
+        columns.append(sum((sketch.train(DenseGradient(use.dense())) for use in uses.get(name, ())), zero))
+    return torch.cat(columns, dim=1)
+
+
+def memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("block", [1, 50, 1 << 12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_of_many_steps_are_those_sketched_one_by_one(block: int, dtype: torch.dtype) -> None:
+    """Over three chords in one arena, smaller and larger than its block, and read only when each chord ends."""
+    arena, tolerance = RowArena(block), {torch.float32: 1e-4, torch.float64: 1e-12}[dtype]
+    for chord in range(3):
+        arena.reset()
+        sketches, sizes = basis(10 * chord, dtype), [5, 1, 8, 3]
+        batches = [gradients(10 * chord + i, n, dtype) for i, n in enumerate(sizes)]
+        steps = [added(arena, sketches, uses, n) for uses, n in zip(batches, sizes, strict=True)]
+        for step, uses, n in zip(steps, batches, sizes, strict=True):
+            found, expected = step.features(sketches), unpacked(sketches, uses, n)
+            assert found.dtype == dtype
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_clipping_multiplies_the_rows() -> None:
+    sketches, uses = basis(0), gradients(0, 5)
+    rows = added(RowArena(1 << 12), sketches, uses, 5)
+    rows.coefficient = 0.25
+    torch.testing.assert_close(rows.features(sketches), 0.25 * unpacked(sketches, uses, 5))
+
+
+def test_rows_do_not_change_with_the_tensors_they_came_from() -> None:
+    """A layer's activations are freed or written over after the backward pass."""
+    sketches, values, whole = basis(0), normal(0, 5, R), normal(1, 5, 3, 2)
+    rows = StepRows(torch.arange(5), RowArena(1 << 12))
+    rows.add("bias", KroneckerSketch(R, 1), VectorGradient(values))
+    rows.add("whole", sketches["whole"], DenseGradient(whole))
+    plain = {"bias": KroneckerSketch(R, 1), "whole": sketches["whole"]}
+    before = rows.features(plain).clone()
+    values.zero_()
+    whole.zero_()
+    assert torch.equal(rows.features(plain), before)
+    assert before.norm() > 1
+
+
+def test_the_arena_gives_the_same_memory_again_after_a_reset() -> None:
+    arena, like = RowArena(100), torch.zeros((), dtype=torch.float64)
+    first = [arena.new(4, 5, like) for _ in range(12)]
+    assert len({memory(t) for t in first}) == 3, "five rows of 20 numbers to a block of 100"
+    arena.reset()
+    again = [arena.new(4, 5, like) for _ in range(12)]
+    assert [t.data_ptr() for t in again] == [t.data_ptr() for t in first]
+
+
+def test_what_the_arena_gave_out_is_not_given_out_twice() -> None:
+    arena, like = RowArena(100), torch.zeros((), dtype=torch.float64)
+    for _ in range(3):
+        arena.reset()
+        shapes = [(3, 7), (1, 90), (30, 20), (2, 2), (0, 5), (10, 10), (5, 0), (99, 1), (1, 1)]
+        given = [arena.new(*shape, like).fill_(i) for i, shape in enumerate(shapes)]
+        for i, (rows, shape) in enumerate(zip(given, shapes, strict=True)):
+            assert rows.shape == shape
+            assert rows.is_contiguous()
+            assert bool((rows == i).all()), f"rows {i} of {shape} were written over"
+
+
+def test_the_arena_does_not_grow_from_chord_to_chord() -> None:
+    arena, like = RowArena(100), torch.zeros((), dtype=torch.float64)
+    seen: set[int] = set()
+    for chord in range(5):
+        arena.reset()
+        used = {memory(arena.new(n, 6, like)) for n in (5, 40, 5, 16, 3, 3)}
+        assert chord == 0 or used <= seen
+        seen |= used
+
+
+def test_rows_of_another_dtype_are_given_room_of_their_own() -> None:
+    arena = RowArena(100)
+    single, double = (arena.new(2, 3, torch.zeros((), dtype=d)) for d in (torch.float32, torch.float64))
+    assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
+    assert memory(single) != memory(double)
+    after = arena.new(2, 3, torch.zeros(()))
+    assert after.data_ptr() == single.data_ptr() + 6 * 4
+
+
+def test_weighted_rows_are_each_parameters_share() -> None:
+    sketches, arena = basis(0), RowArena(64)
+    weights = np.random.default_rng(0).standard_normal((3, len(sketches)))
+    batches = [[gradients(0, 4)], [gradients(1, 2), gradients(2, 3)], [gradients(3, 1)]]
+    steps = [[added(arena, sketches, uses, uses["bias"][0].n) for uses in step] for step in batches]
+    found, at = weighted(steps, weights, sketches), 0
+    for step, weight in zip(batches, weights, strict=True):
+        scale = torch.from_numpy(np.repeat(-weight, [s.features for s in sketches.values()]))
+        for uses in step:
+            n = uses["bias"][0].n
+            torch.testing.assert_close(found[at : at + n], unpacked(sketches, uses, n) * scale)
+            at += n
+    assert len(found) == at
+
+
+def carried(momentum: Mapping[str, Tensor], shares: np.ndarray, overwrite: bool = True) -> tuple[Tensor, list[Tensor]]:
+    """Two steps carried to the next chord's basis, whose own rows then fill the arena; and both steps' old rows."""
+    arena, old, new = RowArena(64), basis(0), basis(50)
+    steps = [[added(arena, old, gradients(0, 4), 4)], [added(arena, old, gradients(1, 3), 3)]]
+    before = [step[0].features(old) for step in steps]
+    after = carry_over(steps, shares, momentum, old, new)
+    arena.reset()
+    if overwrite:
+        for i in range(4):
+            added(arena, new, gradients(9 + i, 8), 8)
+    return torch.cat([step[0].features(new) for step in after]), before
+
+
+def test_rows_carried_over_outlive_the_arenas_reset() -> None:
+    shares = np.ones((2, 5))
+    found, before = carried({}, shares)
+    assert torch.equal(found, carried({}, shares, overwrite=False)[0])
+    old, new, parts = basis(0), basis(50), []
+    sizes = [sketch.features for sketch in old.values()]
+    for rows, (name, sketch) in zip(torch.cat(before).split(sizes, dim=1), old.items(), strict=True):
+        parts.append(new[name].train(DenseGradient(sketch.synthesise(rows))))
+    torch.testing.assert_close(found, torch.cat(parts, dim=1))
+
+
+def test_rows_carried_over_add_up_to_the_momentum() -> None:
+    """Weighted by their steps' shares of the buffer; a step that a buffer no longer holds is left as it is."""
+    shares = np.array([[0.5, 0.3, 0.0, 0.2, 0.0], [1.0, 0.7, 1.0, 0.0, 0.0]])
+    shapes = {"both": (R, C), "right": (3, C), "whole": (3, 2), "bias": (R, 1)}
+    momentum = {name: normal(i, *shape) for i, (name, shape) in enumerate(shapes.items(), start=200)}
+    new = basis(50)
+    sizes = [sketch.features for sketch in new.values()]
+    found, plain = (carried(m, shares)[0].split(sizes, dim=1) for m in (momentum, {}))
+    visits = torch.from_numpy(np.repeat(shares, [4, 3], axis=0))
+    for j, name in enumerate(shapes):
+        total = (visits[:, j : j + 1] * found[j]).sum(0)
+        torch.testing.assert_close(total, new[name].train_matrix(momentum[name]))
+        gone = visits[:, j] == 0
+        torch.testing.assert_close(found[j][gone], plain[j][gone])
+        assert not torch.equal(found[j][~gone], plain[j][~gone])
