@@ -71,7 +71,7 @@ class KernelMachineExporter:
         path = self.directory / RECORDING
         if not path.is_file():
             raise ArtifactError(f"{self.directory} is not a recording: it has no {RECORDING}")
-        self.facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        self.facts = _read_facts(path)
         self.chords = self._find_chords()
 
     def _find_chords(self) -> list[str]:
@@ -93,8 +93,11 @@ class KernelMachineExporter:
             ``out_dir``.
 
         Raises:
+            ArtifactError: If the recording is incomplete.
             FileExistsError: If there is something at ``out_dir``; nothing is overwritten.
         """
+        if not (self.directory / CONSTANTS).is_file():
+            raise ArtifactError(f"{self.directory}: {CONSTANTS} is missing from the recording")
         out = Path(out_dir)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise FileExistsError(f"{out} exists and is not empty: choose another place for the machine")
@@ -142,6 +145,17 @@ class KernelMachineExporter:
         else:
             lines.append("No fidelity was logged: training had no validation data.")
         return "\n".join([*lines, "", "Load it with `lightning_pathkernel.KernelMachine.load(directory, module)`.", ""])
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"module", "module_class", "optimizer", "settings"} - set(facts)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"{path.name}: malformed: {error!r}") from error
+    if not isinstance(facts, dict) or missing:
+        raise ArtifactError(f"{path.name}: malformed: {', '.join(sorted(missing)) or 'no table'} missing")
+    return facts
 
 
 def _write(path: Path, text: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_pathkernel.network import float_buffers
 from lightning_pathkernel.store import ArtifactError
 
-__all__ = ["CONSTANTS", "check_module", "constants", "describe_module", "load_constants"]
+__all__ = ["CONSTANTS", "check_module", "check_state", "constants", "describe_module", "load_constants"]
 
 CONSTANTS = "constants.safetensors"
 """File with frozen parameters and integer buffers."""
@@ -59,6 +59,25 @@ def check_module(module: nn.Module, expected: Mapping[str, Any]) -> None:
         raise ArtifactError("; ".join(sorted(wrong)))
 
 
+def check_state(module: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    """Refuse a chord that is not of this module.
+
+    Args:
+        module: The module.
+        weights: The chord's trainable weights.
+        buffers: Its floating-point buffers.
+
+    Raises:
+        ArtifactError: Naming every difference.
+    """
+    mine = {**{n: p for n, p in module.named_parameters() if p.requires_grad}, **float_buffers(module)}
+    theirs = {**weights, **buffers}
+    wrong = [n for n in sorted(mine.keys() | theirs.keys()) if n not in mine or n not in theirs]
+    wrong += [n for n in sorted(mine.keys() & theirs.keys()) if mine[n].shape != theirs[n].shape]
+    if wrong:
+        raise ArtifactError(f"a chord is not of this network: {', '.join(map(repr, wrong))}")
+
+
 def constants(module: nn.Module) -> dict[str, Tensor]:
     """Frozen parameters and buffers that are not floating-point."""
     floats = float_buffers(module)
@@ -77,6 +96,9 @@ def load_constants(module: nn.Module, values: Mapping[str, Tensor]) -> None:
         ArtifactError: If they do not fit.
     """
     own = constants(module)
+    missing = sorted(own.keys() - values.keys())
+    if missing:
+        raise ArtifactError(f"{CONSTANTS}: no {', '.join(map(repr, missing))}")
     for name, value in values.items():
         if name not in own or own[name].shape != value.shape or own[name].dtype != value.dtype:
             raise ArtifactError(f"{CONSTANTS}: {name!r} does not fit the module")

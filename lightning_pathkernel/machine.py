@@ -15,7 +15,7 @@ from lightning_pathkernel import query
 from lightning_pathkernel.capture import plan_capture
 from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.chord_io import read_chord
-from lightning_pathkernel.fingerprint import CONSTANTS, check_module, load_constants
+from lightning_pathkernel.fingerprint import CONSTANTS, check_module, check_state, load_constants
 from lightning_pathkernel.functional import kernel_machine_agreement, kernel_machine_fidelity
 from lightning_pathkernel.ledger import ERROR_TERMS
 from lightning_pathkernel.network import ForwardFn, Network, batch_size, take_rows
@@ -111,6 +111,8 @@ class KernelMachine:
         constants, _ = read_tensors(directory / CONSTANTS)
         load_constants(private, constants)
         chords = [read_chord(directory / name) for name in manifest["chords"]]
+        for chord in chords:
+            check_state(private, chord.start, chord.start_buffers)
         return cls(private, chords, gauss_legendre(quadrature_points), forward_fn)
 
     @property

@@ -59,3 +59,28 @@ def test_contributions_add_up_to_the_sum_over_examples(name: str) -> None:
     total = sum(query.sums(network, x, chord, rule)[0] for chord in chords)
     parts = query.contributions(network, x, chords, torch.arange(64), rule, lambda outputs: outputs[:, 1])
     torch.testing.assert_close(parts.sum(1), total[:, 1], rtol=1e-3, atol=1e-4)
+
+
+def test_self_influence_of_an_unsketched_recording_is_exact() -> None:
+    """One step of SGD: minus rate times rows times the squared norm of an example's share of the gradient."""
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 6), torch.randint(0, 3, (12,))
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    network = Network(model, plan_capture(model))
+    rows = []
+    for i in range(12):
+        loss = F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]) / 12
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+    expected = -0.1 * 12 * torch.stack(rows).square().sum(1)
+    chords: list = []
+    recorder = PathRecorder(network, optimizer, RecorderSettings([0, 1], 512), None, chords.append)
+    recorder.capture.attach()
+    recorder.begin_batch(torch.arange(12))
+    F.cross_entropy(model(x), y).backward()
+    recorder.end_batch()
+    recorder.before_step()
+    optimizer.step()
+    recorder.after_step()
+    recorder.capture.detach()
+    torch.testing.assert_close(chords[0].self_inner, expected, rtol=1e-4, atol=1e-7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 __all__ = ["fsync_directory", "publish", "publish_json", "publish_tensors", "sha256_of"]
+
+
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+"""What file systems without hard links say: FAT, many network mounts."""
 
 
 def fsync_directory(path: Path) -> None:
@@ -37,6 +42,7 @@ def publish(path: Path, write: Callable[[Path], None]) -> Path:
 
     Raises:
         FileExistsError: If ``path`` exists; nothing is overwritten.
+        OSError: If the file system fails; then nothing is left behind.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -44,10 +50,16 @@ def publish(path: Path, write: Callable[[Path], None]) -> Path:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
+        if path.exists():
+            raise FileExistsError(f"{path} exists already and is not overwritten")
         try:
             os.link(temporary, path)
         except FileExistsError:
             raise FileExistsError(f"{path} exists already and is not overwritten") from None
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync_directory(path.parent)

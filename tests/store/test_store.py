@@ -177,7 +177,7 @@ MANIFESTS: dict[str, tuple[bytes | Callable[[dict], object], str]] = {
     "a newer major version": (lambda m: m.update(version=[1, 0]), r"\[1, 0\], this version reads .* 0\.x"),
     "an unknown required feature": (lambda m: m.update(required_features=["rotation"]), "rotation"),
     "files that are no dictionary": (lambda m: m.update(files=["README.md"]), "malformed"),
-    "facts that are no dictionary": (lambda m: m["files"].update({"README.md": 3}), "README.md"),
+    "facts that are no dictionary": (lambda m: m["files"].update({"README.md": 3}), "malformed"),
     "no facts": (lambda m: m["files"].update({"README.md": {}}), "README.md"),
     "a file that is not there": (listing("more.safetensors"), "^more.safetensors: .*no such file"),
     "a name with a zero byte": (listing("a\0b"), "no such file|not a plain"),

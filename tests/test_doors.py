@@ -1,0 +1,43 @@
+"""Doors open one way: who may import what."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import lightning_pathkernel
+
+ROOT = Path(lightning_pathkernel.__file__).parent
+SIBLINGS = ("capture", "sketch", "optim", "path", "store", "functional")
+LIGHTNING = {"callback.py", "lightning_probes.py"}
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found.update(name.name for name in node.names)
+    return found
+
+
+def test_only_the_callback_knows_lightning_and_only_metrics_knows_torchmetrics() -> None:
+    for path in ROOT.rglob("*.py"):
+        roots = {name.partition(".")[0] for name in imports(path)}
+        if path.name not in LIGHTNING:
+            assert not roots & {"pytorch_lightning", "lightning_fabric", "lightning"}, path.name
+        assert "torchmetrics" not in roots or path.name == "metrics.py", path.name
+
+
+def test_siblings_do_not_import_one_another_or_what_is_built_on_them() -> None:
+    for path in ROOT.rglob("*.py"):
+        room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if room in SIBLINGS:
+            mine = {n for n in imports(path) if n.startswith("lightning_pathkernel.")}
+            strangers = {n for n in mine if n.split(".")[1] != room}
+            assert not strangers, f"{path.name} imports {strangers}"
+
+
+def test_the_reference_is_independent_of_every_fast_path() -> None:
+    assert not any(name.startswith("lightning_pathkernel") for name in imports(ROOT / "reference.py"))
