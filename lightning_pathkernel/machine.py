@@ -20,7 +20,7 @@ from lightning_pathkernel.functional import kernel_machine_agreement, kernel_mac
 from lightning_pathkernel.ledger import ERROR_TERMS
 from lightning_pathkernel.network import ForwardFn, Network, batch_size, take_rows
 from lightning_pathkernel.path import QuadratureRule, gauss_legendre
-from lightning_pathkernel.store import read_manifest, read_tensors
+from lightning_pathkernel.store import ArtifactError, read_manifest, read_tensors
 
 __all__ = ["Explanation", "KernelMachine"]
 
@@ -111,7 +111,11 @@ class KernelMachine:
         constants, _ = read_tensors(directory / CONSTANTS)
         load_constants(private, constants)
         chords = [read_chord(directory / name) for name in manifest["chords"]]
-        for chord in chords:
+        step = 0
+        for name, chord in zip(manifest["chords"], chords, strict=True):
+            if chord.first_step != step or chord.last_step <= step:
+                raise ArtifactError(f"{name}: steps {chord.first_step} to {chord.last_step}, expected from {step} on")
+            step = chord.last_step
             check_state(private, chord.start, chord.start_buffers)
         return cls(private, chords, gauss_legendre(quadrature_points), forward_fn)
 

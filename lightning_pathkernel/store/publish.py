@@ -50,7 +50,7 @@ def publish(path: Path, write: Callable[[Path], None]) -> Path:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        if path.exists():
+        if os.path.lexists(path):
             raise FileExistsError(f"{path} exists already and is not overwritten")
         try:
             os.link(temporary, path)
