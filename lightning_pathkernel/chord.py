@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -71,6 +71,21 @@ class Chord:
         total = self.rows.sum(0)
         features = total if self.second_stage is None else total @ self.second_stage
         return synthesise(self.sketches, features, self.preconditioner, self.start)
+
+    def without(self, example_ids: Tensor) -> Chord:
+        """The chord without some examples' rows; their displacement becomes part of the residual."""
+        gone = torch.isin(self.example_ids, example_ids)
+        if not bool(gone.any()):
+            return self
+        removed = replace(self, rows=self.rows[gone]).examples_direction()
+        residual = {name: value + self.residual.get(name, 0) for name, value in removed.items()}
+        return replace(
+            self,
+            example_ids=self.example_ids[~gone],
+            rows=self.rows[~gone],
+            self_inner=self.self_inner[~gone],
+            residual={**self.residual, **residual},
+        )
 
     def span(self) -> ChordSpan:
         """The chord's directions in weight space."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lightning_pathkernel import query
 from lightning_pathkernel.capture import plan_capture
@@ -56,28 +57,32 @@ class KernelMachine:
     Args:
         module: The network's module; a private copy is kept.
         chords: The path.
-        rule: Quadrature along each chord.
         forward_fn: ``(module, batch) -> outputs [n, K]``; default: the module called on the batch, or on its first
             element when the batch is a tuple or a list.
+        rtol: As in `load`.
+        quadrature_points: As in `load`.
         chunk_size: Queries processed at once.
 
     Raises:
-        ValueError: If there are no chords.
+        ValueError: If there are no chords, or a number is not positive.
     """
 
     def __init__(
         self,
         module: nn.Module,
         chords: Sequence[Chord],
-        rule: QuadratureRule | None = None,
         forward_fn: ForwardFn | None = None,
+        rtol: float | None = None,
+        quadrature_points: int = 4,
         chunk_size: int = 256,
     ) -> None:
         if not chords:
             raise ValueError("a kernel machine needs at least one chord: the recording is empty")
+        if quadrature_points < 1 or (rtol is not None and rtol <= 0):
+            raise ValueError(f"quadrature_points and rtol must be positive, found {quadrature_points} and {rtol}")
         self._network = Network(module, plan_capture(module), forward_fn)
         self._chords = list(chords)
-        self._rule = rule or gauss_legendre(4)
+        self._rtol, self._points = rtol, quadrature_points
         self._chunk = chunk_size
         self.example_ids = torch.unique(torch.cat([c.example_ids for c in self._chords]))
 
@@ -87,6 +92,7 @@ class KernelMachine:
         path: str | Path,
         module: nn.Module,
         forward_fn: ForwardFn | None = None,
+        rtol: float | None = None,
         quadrature_points: int = 4,
     ) -> KernelMachine:
         """Load an exported machine.
@@ -95,7 +101,10 @@ class KernelMachine:
             path: The artifact's directory.
             module: A module of the architecture that was trained; its weights do not matter and stay as they are.
             forward_fn: As in training, if one was given there.
-            quadrature_points: Gauss-Legendre points along each chord.
+            rtol: Tolerance of the quadrature along each chord: points are doubled, for each chunk of queries, until
+                the embedded error estimate is below this share of the chord's change of the outputs, or 64 points are
+                reached. None for a fixed number of points, as in the metrics logged in training.
+            quadrature_points: Gauss-Legendre points along each chord where there is no ``rtol``.
 
         Returns:
             The machine.
@@ -117,7 +126,7 @@ class KernelMachine:
                 raise ArtifactError(f"{name}: steps {chord.first_step} to {chord.last_step}, expected from {step} on")
             step = chord.last_step
             check_state(private, chord.start, chord.start_buffers)
-        return cls(private, chords, gauss_legendre(quadrature_points), forward_fn)
+        return cls(private, chords, forward_fn, rtol, quadrature_points)
 
     @property
     def chords(self) -> tuple[Chord, ...]:
@@ -125,22 +134,21 @@ class KernelMachine:
         return tuple(self._chords)
 
     def without(self, example_ids: Tensor | Sequence[int]) -> KernelMachine:
-        """The machine with these examples' rows taken out; its predictions change by exactly their contributions."""
-        from dataclasses import replace
+        """The machine without some training examples: their rows are taken out of every chord.
 
+        Predictions change by exactly the contributions of these examples. What the network learned from them moves
+        from the ledger's ``examples`` to its ``unattributed``.
+
+        Args:
+            example_ids: Ids to leave out; those that were never visited change nothing.
+
+        Returns:
+            A machine that shares everything else with this one.
+        """
         drop = torch.as_tensor(example_ids).reshape(-1)
-        chords = []
-        for chord in self._chords:
-            keep = ~torch.isin(chord.example_ids, drop)
-            chords.append(
-                replace(
-                    chord,
-                    example_ids=chord.example_ids[keep],
-                    rows=chord.rows[keep],
-                    self_inner=chord.self_inner[keep],
-                )
-            )
-        return KernelMachine(self._network.module, chords, self._rule, self._network.forward_fn, self._chunk)
+        chords = [chord.without(drop) for chord in self._chords]
+        network = self._network
+        return KernelMachine(network.module, chords, network.forward_fn, self._rtol, self._points, self._chunk)
 
     # totals
 
@@ -157,8 +165,8 @@ class KernelMachine:
         first = self._chords[0]
         bias = self._network.outputs(x, first.start, first.start_buffers)
         examples = torch.zeros_like(bias)
-        for chord in self._chords:
-            part, part_bias = query.sums(self._network, x, chord, self._rule)
+        for chord, rule in zip(self._chords, self._rules(x), strict=True):
+            part, part_bias = query.sums(self._network, x, chord, rule)
             examples, bias = examples + part, bias + part_bias
         return bias + examples, bias
 
@@ -181,8 +189,9 @@ class KernelMachine:
         predictions, targets, biases, errors = [], [], [], []
         for batch in dataloader:
             for part in self._chunks(batch):
-                prediction, bias = self._bias_and_examples(part)
-                terms, _ = query.ledger(self._network, part, self._chords, self._rule)
+                terms, _ = query.ledger(self._network, part, self._chords, self._rules(part))
+                bias = terms["initial"] + terms["decay"] + terms["buffers"]
+                prediction = bias + terms["examples"]
                 predictions.append(prediction)
                 biases.append(bias)
                 targets.append(self._end_outputs(part))
@@ -221,7 +230,7 @@ class KernelMachine:
         for part, rows in self._with_rows(x, target):
             functional = _functional(output_fn, rows)
             parts.append(
-                query.contributions(self._network, part, self._chords, self.example_ids, self._rule, functional)
+                query.contributions(self._network, part, self._chords, self.example_ids, self._rules(part), functional)
             )
         return torch.cat(parts)
 
@@ -259,9 +268,10 @@ class KernelMachine:
 
     def _explain(self, x: Any, target: Tensor, top_k: int, output_fn: OutputFn | None, complete: bool) -> Explanation:
         functional = _functional(output_fn, target)
-        terms, gaps = query.ledger(self._network, x, self._chords, self._rule, functional)
+        rules = self._rules(x)
+        terms, gaps = query.ledger(self._network, x, self._chords, rules, functional)
         found = query.contributions(
-            self._network, x, self._chords, self.example_ids, self._rule, functional,
+            self._network, x, self._chords, self.example_ids, rules, functional,
             [gap[:, 0] for gap in gaps] if complete else None,
         )  # fmt: skip
         k = min(top_k, found.shape[1])
@@ -316,7 +326,7 @@ class KernelMachine:
     def _kernel(self, x: Any, x2: Any | None, target: Tensor, target2: Tensor, output_fn: OutputFn | None) -> Tensor:
         second = None if x2 is None else (x2, _functional(output_fn, target2))
         first = (x, _functional(output_fn, target))
-        return query.kernel(self._network, first, second, self._chords, self._rule)
+        return query.kernel(self._network, first, second, self._chords, self._rules(x))
 
     def coefficients(
         self, x: Any, x_train: Any, ids: Tensor, target: Tensor, target_train: Tensor | None = None
@@ -367,6 +377,12 @@ class KernelMachine:
 
     # chunks
 
+    def _rules(self, x: Any) -> list[QuadratureRule]:
+        """A quadrature rule for every chord, on these inputs."""
+        if self._rtol is None:
+            return [gauss_legendre(self._points)] * len(self._chords)
+        return [query.rule_within(self._network, x, chord, self._rtol) for chord in self._chords]
+
     def _targets(self, x: Any, target: Tensor | None) -> Tensor:
         if target is None:
             return self.network_outputs(x).argmax(1)
@@ -392,8 +408,6 @@ def _functional(output_fn: OutputFn | None, target: Tensor) -> Callable[[Tensor]
 
 
 def _select(x: Any, rows: Tensor) -> Any:
-    from torch.utils import _pytree as pytree
-
     n = batch_size(x)
     return pytree.tree_map(lambda v: v[rows] if isinstance(v, Tensor) and v.dim() and v.shape[0] == n else v, x)
 

@@ -11,9 +11,9 @@ from lightning_pathkernel.capture import PerExampleGradient, matrix_shape
 from lightning_pathkernel.chord import Chord, QueryBuffer
 from lightning_pathkernel.ledger import LEDGER_TERMS, chord_terms
 from lightning_pathkernel.network import Functional, Network, batch_size
-from lightning_pathkernel.path import QuadratureRule
+from lightning_pathkernel.path import QuadratureRule, gauss_legendre, integrate
 
-__all__ = ["contributions", "kernel", "ledger", "query_features", "sums"]
+__all__ = ["contributions", "kernel", "ledger", "query_features", "rule_within", "sums"]
 
 
 def sums(network: Network, batch: object, chord: Chord, rule: QuadratureRule) -> tuple[Tensor, Tensor]:
@@ -28,6 +28,25 @@ def sums(network: Network, batch: object, chord: Chord, rule: QuadratureRule) ->
         after = network.outputs(batch, chord.start, chord.end_buffers)
         bias = bias + after - network.outputs(batch, chord.start, chord.start_buffers)
     return totals[0], bias
+
+
+def rule_within(network: Network, batch: object, chord: Chord, rtol: float) -> QuadratureRule:
+    """The Gauss-Legendre rule that integrates ``J . delta`` along a chord to a tolerance, on these inputs.
+
+    Args:
+        network: The network.
+        batch: Queries.
+        chord: The chord.
+        rtol: Tolerance of the embedded error estimate, relative to the norm of the integral over the whole batch.
+
+    Returns:
+        The rule, of at most 64 points.
+    """
+
+    def slope(t: float) -> Tensor:
+        return network.jvps(batch, chord.weights(t), chord.end_buffers, [chord.delta])[0]
+
+    return gauss_legendre(integrate(slope, rtol).points)
 
 
 def query_features(
@@ -50,7 +69,7 @@ def contributions(
     batch: object,
     chords: Sequence[Chord],
     ids: Tensor,
-    rule: QuadratureRule,
+    rules: Sequence[QuadratureRule],
     functional: Functional,
     gaps: Sequence[Tensor] | None = None,
 ) -> Tensor:
@@ -61,7 +80,7 @@ def contributions(
         batch: Queries.
         chords: The path.
         ids: Sorted ids; the columns of the answer.
-        rule: Quadrature along each chord.
+        rules: Quadrature along each chord.
         functional: The scalar that is explained.
         gaps: For each chord, what its sketch lost of the sum of contributions, ``[n]``: shared out by the control
             variate of docs/theory.md section 4. None for contributions as they are stored.
@@ -73,7 +92,7 @@ def contributions(
         ValueError: If there are no chords.
     """
     out: Tensor | None = None
-    for index, chord in enumerate(chords):
+    for index, (chord, rule) in enumerate(zip(chords, rules, strict=True)):
         part = query_features(network, batch, chord, rule, functional) @ chord.rows.T
         if gaps is not None:
             part = part + gaps[index].unsqueeze(1) * _shares(chord.rows)
@@ -95,7 +114,7 @@ def ledger(
     network: Network,
     batch: object,
     chords: Sequence[Chord],
-    rule: QuadratureRule,
+    rules: Sequence[QuadratureRule],
     functional: Functional | None = None,
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """All terms of eq. (7) for the outputs of a batch, or for a scalar of them.
@@ -104,7 +123,7 @@ def ledger(
         network: The network.
         batch: Queries.
         chords: The path.
-        rule: Quadrature along each chord.
+        rules: Quadrature along each chord.
         functional: The scalar that is accounted for; None for the outputs.
 
     Returns:
@@ -115,7 +134,7 @@ def ledger(
     terms = {name: torch.zeros_like(initial) for name in LEDGER_TERMS}
     terms["initial"] = initial
     gaps = []
-    for chord in chords:
+    for chord, rule in zip(chords, rules, strict=True):
         found = chord_terms(network, batch, chord.span(), rule, functional)
         gaps.append(found["sketch"])
         for name, value in found.items():
@@ -150,7 +169,7 @@ def kernel(
     first: tuple[object, Functional],
     second: tuple[object, Functional] | None,
     chords: Sequence[Chord],
-    rule: QuadratureRule,
+    rules: Sequence[QuadratureRule],
 ) -> Tensor:
     """The path kernel ``sum_c learning_time_c * integral of J D J'^T`` between two batches, ``[n, n2]``.
 
@@ -162,7 +181,7 @@ def kernel(
         first: Queries and the scalar of each that is meant.
         second: The same of the other side; None for the first one again.
         chords: The path.
-        rule: Quadrature along each chord.
+        rules: Quadrature along each chord.
 
     Returns:
         The kernel matrix.
@@ -171,7 +190,7 @@ def kernel(
         ValueError: If there are no chords.
     """
     out: Tensor | None = None
-    for chord in chords:
+    for chord, rule in zip(chords, rules, strict=True):
         for t, w in zip(rule.points, rule.weights, strict=True):
             one = _roots(network, *first[:1], chord, t, first[1])
             two = one if second is None else _roots(network, second[0], chord, t, second[1])

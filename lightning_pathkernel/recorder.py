@@ -6,6 +6,7 @@ but for clipping, and `after_step` once the weights have moved. A chord is close
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from lightning_pathkernel.network import Network
 from lightning_pathkernel.optim import ParameterUpdate, optimizer_rule
 from lightning_pathkernel.path import QuadratureRule, gauss_legendre
 from lightning_pathkernel.recording.basis import fit_basis, probe_gradients, random_cotangent
+from lightning_pathkernel.recording.cancelling import cancelling
 from lightning_pathkernel.recording.displacement import ChordDisplacement
 from lightning_pathkernel.recording.rows import RowArena, StepRows, carry_over, weighted
 from lightning_pathkernel.recording.self_influence import self_influence
@@ -27,6 +29,8 @@ from lightning_pathkernel.recording.visits import VisitWeights
 from lightning_pathkernel.sketch import KroneckerSketch, SketchSettings, fit_second_stage
 
 __all__ = ["NonFiniteError", "PathRecorder", "RecorderSettings"]
+
+_log = logging.getLogger(__name__)
 
 
 class NonFiniteError(ArithmeticError):
@@ -236,6 +240,8 @@ class PathRecorder:
                 "compiled after the fit has begun; manual gradients are not supported."
             )
         self._check_sum(coefficient)
+        if self._chords == 0 and self._rule.diagonal:
+            self._warn_of_cancelling()
         probes = {} if self._probes is None else self._probe_blocks()
         old = self._sketches
         self._sketches = fit_basis(
@@ -257,6 +263,17 @@ class PathRecorder:
                     rows.add(name, self._sketches[name], use)
             rows.close()
         self._fitted = True
+
+    def _warn_of_cancelling(self) -> None:
+        names = cancelling(self._held)
+        if names:
+            _log.warning(
+                "the gradient of %s is zero but for rounding (a bias before a batch norm?), and %s divides by its "
+                "size: contributions through it are huge, cancel, and mean nothing. Construct its layer with "
+                "bias=False.",
+                ", ".join(map(repr, names)),
+                type(self._optimizer).__name__,
+            )
 
     def _probe_blocks(self) -> dict[str, list[PerExampleGradient]]:
         return probe_gradients(self.network, self._probes, random_cotangent(self._generator))

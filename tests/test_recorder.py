@@ -44,7 +44,7 @@ def _record(optimizer_name: str) -> tuple[Network, list, torch.Tensor]:
 def test_the_ledger_adds_up_and_the_sketch_is_faithful(name: str) -> None:
     network, chords, x = _record(name)
     rule = gauss_legendre(4)
-    terms, _ = query.ledger(network, x, chords, rule)
+    terms, _ = query.ledger(network, x, chords, [rule] * len(chords))
     outputs = network.outputs(x)
     torch.testing.assert_close(sum(terms.values()), outputs, rtol=1e-4, atol=1e-5)
     change = (outputs - terms["initial"]).norm()
@@ -57,7 +57,9 @@ def test_contributions_add_up_to_the_sum_over_examples(name: str) -> None:
     network, chords, x = _record(name)
     rule = gauss_legendre(3)
     total = sum(query.sums(network, x, chord, rule)[0] for chord in chords)
-    parts = query.contributions(network, x, chords, torch.arange(64), rule, lambda outputs: outputs[:, 1])
+    parts = query.contributions(
+        network, x, chords, torch.arange(64), [rule] * len(chords), lambda outputs: outputs[:, 1]
+    )
     torch.testing.assert_close(parts.sum(1), total[:, 1], rtol=1e-3, atol=1e-4)
 
 
@@ -84,3 +86,26 @@ def test_self_influence_of_an_unsketched_recording_is_exact() -> None:
     recorder.after_step()
     recorder.capture.detach()
     torch.testing.assert_close(chords[0].self_inner, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("bias", "optimizer"), [(True, "AdamW"), (False, "AdamW"), (True, "SGD")])
+def test_a_bias_that_adam_moves_along_rounding_is_named(
+    bias: bool, optimizer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8, bias=bias), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    chosen = getattr(torch.optim, optimizer)(model.parameters(), lr=0.01)
+    recorder = PathRecorder(Network(model, plan_capture(model)), chosen, RecorderSettings([0, 1]), None, lambda _: None)
+    recorder.capture.attach()
+    recorder.begin_batch(torch.arange(16))
+    F.cross_entropy(model(torch.randn(16, 6)), torch.randint(0, 3, (16,))).backward()
+    recorder.end_batch()
+    recorder.before_step()
+    chosen.step()
+    recorder.after_step()
+    recorder.capture.detach()
+    if bias and optimizer == "AdamW":
+        assert "the gradient of '0.bias' is zero but for rounding" in caplog.text
+        assert "bias=False" in caplog.text
+    else:
+        assert not caplog.text
