@@ -355,6 +355,10 @@ def _check_trainer(trainer: pl.Trainer) -> None:
             f"PathKernelCallback does not support the strategy {type(trainer.strategy).__name__}: train on one device "
             "(strategy='auto', devices=1)."
         )
+    if trainer.strategy.root_device.type == "mps":
+        raise MisconfigurationException(
+            "PathKernelCallback does not support MPS, which lacks float64: train with accelerator='cpu'."
+        )
     if str(trainer.precision) != "32-true" and str(trainer.precision) != "64-true":
         raise MisconfigurationException(
             f"PathKernelCallback does not support precision={trainer.precision!r}: use '32-true' or '64-true'."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
@@ -50,9 +51,13 @@ def open_recording(directory: Path, module: nn.Module, facts: Mapping[str, Any])
 
 
 def record_metrics(directory: Path, history: list[dict[str, float]]) -> None:
-    """Publish the metrics that were logged, epoch by epoch; a newer history replaces an older one."""
+    """Publish the metrics that were logged, epoch by epoch; a newer history replaces an older one.
+
+    What is not finite (the network's outputs overflowed) is published as null, which strict JSON has.
+    """
+    finite = [{name: v if math.isfinite(v) else None for name, v in entry.items()} for entry in history]
     path = directory / METRICS
-    staged = publish_json(directory / f"{METRICS}.{secrets.token_hex(4)}", {"history": history})
+    staged = publish_json(directory / f"{METRICS}.{secrets.token_hex(4)}", {"history": finite})
     os.replace(staged, path)
 
 

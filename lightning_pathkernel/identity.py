@@ -35,7 +35,7 @@ class IndexRecorder:
         """Hand out batches; a new pass forgets what the last one prefetched and nobody trained on."""
         self.batches.clear()
         for batch in self.inner:
-            self.batches.append(torch.from_numpy(np.array(batch, dtype=np.int64)))
+            self.batches.append(_indices(batch))
             yield batch
 
     def __len__(self) -> int:
@@ -47,6 +47,20 @@ class IndexRecorder:
         if name in ("inner", "batches"):
             raise AttributeError(name)
         return getattr(self.inner, name)
+
+
+def _indices(batch: Any) -> Tensor:
+    try:
+        found = np.array(batch)
+    except ValueError as error:
+        raise IdentityError(_not_indices(batch)) from error
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise IdentityError(_not_indices(batch))
+    return torch.from_numpy(found.astype(np.int64))
+
+
+def _not_indices(batch: Any) -> str:
+    return f"Cannot tell which examples are in a batch: the sampler drew {str(batch)[:60]}, no integers. {REMEDY}"
 
 
 def check_loader(loader: object) -> None:

@@ -181,7 +181,8 @@ class Network:
             One tensor per direction.
         """
         at = {name: w.to(self.parameters[name]) for name, w in weights.items()}
-        fixed = {f"module.{name}": b for name, b in buffers.items()}
+        live = float_buffers(self.module)
+        fixed = {f"module.{name}": b.to(live[name]) for name, b in buffers.items()}
 
         def run(values: dict[str, Tensor]) -> Tensor:
             named = {f"module.{name}": v for name, v in values.items()}

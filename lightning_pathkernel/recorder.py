@@ -95,6 +95,7 @@ class PathRecorder:
         self._visits = VisitWeights(self._names)
         self._rows: list[list[StepRows]] = []
         self._arena = RowArena()
+        self._batch: tuple[StepRows, dict[str, list[PerExampleGradient]]] | None = None
         self._step: list[StepRows] = []
         self._ends = frozenset(settings.nodes[1:])
         self._by_id = {id(p): name for name, p in network.parameters.items()}
@@ -117,29 +118,40 @@ class PathRecorder:
     def begin_batch(self, ids: Tensor) -> None:
         """Expect the per-example gradients of a batch whose examples are ``ids [n]``."""
         rows = StepRows(ids, self._arena)
-        self._step.append(rows)
+        held: dict[str, list[PerExampleGradient]] = {}
+        self._batch = rows, held
         if self._fitted:
             sketches = self._sketches
             self.capture.begin(len(ids), lambda name, gradient: rows.add(name, sketches[name], gradient))
         else:
-            held: dict[str, list[PerExampleGradient]] = {}
-            self._held.append(held)
             self.capture.begin(len(ids), lambda name, gradient: held.setdefault(name, []).append(gradient))
 
     def end_batch(self) -> None:
-        """The batch's backward pass is over.
+        """The batch's backward pass is over; a batch without one leaves no trace.
 
         Raises:
-            CaptureError: If a parameter's gradient could not be split among the examples.
+            CaptureError: If a parameter's gradient could not be split among the examples, or this is the batch's
+                second backward pass.
         """
+        if self._batch is None:
+            raise CaptureError(
+                f"a second backward pass in one batch, before optimiser step {self.steps}: add the losses up and go "
+                "back once (manual optimisation with several backward passes is not supported)."
+            )
         self.capture.check()
         self.capture.end()
-        self._step[-1].close()
+        rows, held = self._batch
+        rows.close()
+        self._step.append(rows)
+        self._held.append(held)
+        self._batch = None
 
     # one step
 
     def before_step(self) -> None:
         """The gradients are complete, but not clipped yet."""
+        if not self._step:
+            return
         if self.settings.clipping:
             self._norms = self._gradient_norms()
         if self._displacement.decay_buffers or any(g["weight_decay"] for g in self._optimizer.param_groups):
@@ -158,6 +170,18 @@ class PathRecorder:
             CaptureError: If the gradients are not those that were captured.
             NonFiniteError: If they are not finite.
         """
+        if self._step:
+            self._record_step()
+        elif any(p.grad is not None for p in self.network.parameters.values()):
+            raise CaptureError(
+                f"optimiser step {self.steps} came without a backward pass of its own: several steps per batch are not "
+                "supported."
+            )
+        self.steps += 1
+        if self.steps in self._ends:
+            self.close_chord()
+
+    def _record_step(self) -> None:
         coefficient = self._clip_coefficient()
         if coefficient != 1.0:
             for rows in self._step:
@@ -167,9 +191,6 @@ class PathRecorder:
             self._fit(coefficient)
         self._rows.append(self._step)
         self._step, self._held = [], []
-        self.steps += 1
-        if self.steps in self._ends:
-            self.close_chord()
 
     def _clip_coefficient(self) -> float:
         """What clipping by norm multiplied every gradient with."""
@@ -219,15 +240,18 @@ class PathRecorder:
         buckets: dict[ParameterUpdate, list[str]] = {}
         known: dict[tuple[float, bool], ParameterUpdate] = {}
         for parameter in group["params"]:
-            name = self._by_id.get(id(parameter))
-            if name is None or parameter.grad is None:
+            if parameter.grad is None:
                 continue
+            name = self._by_id.get(id(parameter))
+            if name is None:
+                raise CaptureError(_stranger(self.network.module, parameter, self.steps))
             state = self._optimizer.state[parameter]
             key = (float(state.get("step", 0)), name not in self._seen)
             if key not in known:
                 known[key] = self._rule.update(group, state, key[1])
             buckets.setdefault(known[key], []).append(name)
-            self._seen.add(name)
+            if self._rule.buffer(state) is not None:
+                self._seen.add(name)
         return buckets
 
     # one chord
@@ -350,8 +374,8 @@ class PathRecorder:
         self._on_chord(chord)
 
     def snapshot(self) -> Chord | None:
-        """The open chord as if it ended here, with first-stage rows; None right after a node."""
-        if self.steps == self._first_step:
+        """The open chord as if it ended here, with first-stage rows; None where nothing was learned since its node."""
+        if self.steps == self._first_step or not self._rows:
             return None
         end = self.network.weights()
         parts = self._displacement.parts(end)
@@ -401,3 +425,16 @@ class PathRecorder:
                     buffer(name, use)
             parts.append(buffer.features())
         return torch.cat(parts)
+
+
+def _stranger(module: torch.nn.Module, parameter: Tensor, step: int) -> str:
+    name = next((name for name, p in module.named_parameters() if p is parameter), None)
+    if name is None:
+        return (
+            f"the optimiser moved a parameter of shape {tuple(parameter.shape)} at step {step} that is not the "
+            "module's: register what owns it (the loss?) as a submodule."
+        )
+    return (
+        f"{name!r} was frozen when the fit began and learned at step {step}: unfreezing is not supported. Let "
+        "it require gradients from the start, with a learning rate of 0 until then."
+    )

@@ -448,3 +448,81 @@ def test_a_weight_used_outside_its_module(tmp_path: Path) -> None:
 def test_numbers_that_make_no_sense(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{name} must"):
         PathKernelCallback(**{name: value})
+
+
+def test_a_training_step_without_a_loss_leaves_no_trace(tmp_path: Path) -> None:
+    class Skips(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return None if batch_idx in (0, 3, 9) else super().training_step(batch, batch_idx)
+
+    torch.manual_seed(3)
+    path_kernel = callback(tmp_path, nodes=20)
+    fit(Skips(momentum=0.9), [path_kernel], tmp_path)
+    machine = KernelMachine.load(path_kernel.machine_dir, Classifier())
+    assert machine.chords[-1].last_step == 20
+    assert machine.fidelity([digits()[1].tensors[0]])["fidelity"] > 0.97
+
+
+def test_a_module_that_skips_batches_leaves_no_trace(tmp_path: Path) -> None:
+    class Skips(Classifier):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+            return -1 if batch_idx == 6 else None
+
+    path_kernel = callback(tmp_path)
+    fit(Skips(), [path_kernel], tmp_path)
+    assert KernelMachine.load(path_kernel.machine_dir, Classifier()).chords[-1].last_step == 12
+
+
+def test_unfreezing_is_refused_by_name(tmp_path: Path) -> None:
+    class Thaws(Classifier):
+        def on_train_epoch_start(self) -> None:
+            self.net[1].weight.requires_grad_(self.current_epoch > 0)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module = Thaws()
+    module.net[1].weight.requires_grad_(False)
+    with pytest.raises(CaptureError, match=r"'net\.1\.weight' was frozen .* at step 10: unfreezing is not supported"):
+        fit(module, [callback(tmp_path)], tmp_path)
+
+
+def test_two_steps_in_one_batch_are_refused(tmp_path: Path) -> None:
+    class Manual(Classifier):
+        def __init__(self, backward: int) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.backward_passes = backward
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            for _ in range(self.backward_passes):
+                self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+            self.optimizers().step()
+            self.optimizers().step()
+
+    with pytest.raises(CaptureError, match="optimiser step 1 came without a backward pass of its own"):
+        fit(Manual(1), [callback(tmp_path / "one")], tmp_path)
+    with pytest.raises(CaptureError, match="a second backward pass in one batch, before optimiser step 0"):
+        fit(Manual(2), [callback(tmp_path / "two")], tmp_path)
+
+
+def test_a_sampler_that_draws_no_integers(tmp_path: Path) -> None:
+    class Named(TensorDataset):
+        def __getitem__(self, key: Any) -> Any:
+            return super().__getitem__(int(key))
+
+    loader = DataLoader(Named(*digits()[0].tensors), batch_sampler=[["1", "2"], ["3", "4"]])
+    with pytest.raises(IdentityError, match=r"the sampler drew \['1', '2'\], no integers"):
+        fit(Classifier(), [callback(tmp_path)], tmp_path, loader=loader)
+
+
+def test_metrics_that_are_not_finite_do_not_stop_the_export(tmp_path: Path) -> None:
+    class Logs(PathKernelCallback):
+        def on_validation_epoch_end(self, *args: Any) -> None:
+            super().on_validation_epoch_end(*args)
+            if self._history:
+                self._history[-1]["fidelity"] = float("nan")
+
+    path_kernel = Logs(str(tmp_path / "run"), sketch_dim=32, nodes=3, probes=16)
+    fit(Classifier(), [path_kernel], tmp_path)
+    verify(path_kernel.machine_dir)
