@@ -297,6 +297,11 @@ class PathKernelCallback(pl.Callback):
 
     # metrics
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A batch that the module skipped is over."""
+        if self._recorder is not None:
+            self._recorder.skip_batch()
+
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log how faithful the kernel machine is at this moment of training."""
         if self._recorder is None or trainer.sanity_checking or self._recorder.steps == 0:

@@ -146,7 +146,8 @@ class KernelMachineExporter:
         history = json.loads(path.read_text(encoding="utf-8"))["history"] if path.is_file() else []
         if history:
             lines += ["Last logged on the validation probes:", "", "| metric | value |", "|---|---|"]
-            lines += [f"| {name} | {value:.6g} |" for name, value in sorted(history[-1].items())]
+            shown = ((name, "not finite" if value is None else f"{value:.6g}") for name, value in history[-1].items())
+            lines += [f"| {name} | {value} |" for name, value in sorted(shown)]
         else:
             lines.append("No fidelity was logged: training had no validation data.")
         return "\n".join([*lines, "", "Load it with `lightning_pathkernel.KernelMachine.load(directory, module)`.", ""])

@@ -146,6 +146,12 @@ class PathRecorder:
         self._held.append(held)
         self._batch = None
 
+    def skip_batch(self) -> None:
+        """Expect nothing more of the batch that was begun last, if its backward pass never came."""
+        if self._batch is not None:
+            self.capture.end()
+            self._batch = None
+
     # one step
 
     def before_step(self) -> None:
@@ -170,6 +176,7 @@ class PathRecorder:
             CaptureError: If the gradients are not those that were captured.
             NonFiniteError: If they are not finite.
         """
+        self.skip_batch()
         if self._step:
             self._record_step()
         elif any(p.grad is not None for p in self.network.parameters.values()):
@@ -359,6 +366,7 @@ class PathRecorder:
 
     def close_chord(self) -> None:
         """End the open chord at the weights as they are now and hand it on; nothing happens if it is empty."""
+        self.skip_batch()
         chord = self.snapshot()
         if chord is None:
             return

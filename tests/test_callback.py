@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_pathkernel import KernelMachine, KernelMachineExporter, PathKernelCallback, verify
 from lightning_pathkernel.capture import CaptureError
+from lightning_pathkernel.identity import IdentityError
 from lightning_pathkernel.recorder import NonFiniteError
 from tests.helpers import Classifier, digits, fit, small_cnn
 
@@ -450,6 +451,7 @@ def test_numbers_that_make_no_sense(name: str, value: int) -> None:
         PathKernelCallback(**{name: value})
 
 
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
 def test_a_training_step_without_a_loss_leaves_no_trace(tmp_path: Path) -> None:
     class Skips(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -513,7 +515,7 @@ def test_a_sampler_that_draws_no_integers(tmp_path: Path) -> None:
 
     loader = DataLoader(Named(*digits()[0].tensors), batch_sampler=[["1", "2"], ["3", "4"]])
     with pytest.raises(IdentityError, match=r"the sampler drew \['1', '2'\], no integers"):
-        fit(Classifier(), [callback(tmp_path)], tmp_path, loader=loader)
+        fit(Classifier(), [callback(tmp_path, nodes=2)], tmp_path, loader=loader)
 
 
 def test_metrics_that_are_not_finite_do_not_stop_the_export(tmp_path: Path) -> None:
