@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_pathkernel.capture import GradientCapture, PerExampleGradient, plan_capture
+from lightning_pathkernel.capture.gradients import DenseGradient
 from lightning_pathkernel.optim import ParameterUpdate, optimizer_rule
+from lightning_pathkernel.sketch import KroneckerSketch, SideMoments, SketchSettings, fit_sketch
 
-__all__ = ["assert_layer_rule", "assert_optimizer_rule", "captured_gradients"]
+__all__ = ["assert_layer_rule", "assert_optimizer_rule", "assert_sketch", "captured_gradients"]
 
 
 def captured_gradients(
@@ -152,6 +154,55 @@ def assert_optimizer_rule(
         found = shares.sum(0) - update.decay_rate * before
         _close(f"step {step}, displacement", found, parameter.detach() - before, rtol)
         _check_buffer(rule.buffer(state), update, buffers, step, rtol)
+
+
+def assert_sketch(kind: str, width: int = 6, exact: bool = True, rtol: float = 1e-8) -> None:
+    """Prove what every registered sketch must give: exactness or unbiasedness, reproducibility, privacy.
+
+    Gradients ``[5, 9, 11]`` whose rows and columns span 2 dimensions are fitted with ``width`` rows per factor, in
+    float64. Inner products must come out exactly, or right on average; the same seed must give the same factors; the
+    global random state must stay as it is; and bringing features back must be the adjoint of the query side.
+
+    Args:
+        kind: Key of the registry of sketches.
+        width: Rows of a thin factor; at least 2, so that the gradients' span fits.
+        exact: Whether the fitted span must be kept exactly; else the mean over 400 seeds must be right to 5 standard
+            errors, as for purely random factors.
+        rtol: Tolerance relative to the largest inner product.
+
+    Raises:
+        AssertionError: With the first property that does not hold.
+    """
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(d, 2, generator=generator, dtype=torch.float64) for d in (9, 11))
+    train, query = left @ torch.randn(2, 5, 2, 2, generator=generator, dtype=torch.float64) @ right.T
+    state = torch.get_rng_state()
+    one, two = (_fitted(kind, train, query, width, seed=1) for _ in range(2))
+    if not torch.equal(torch.get_rng_state(), state):
+        raise AssertionError(f"sketch {kind!r} draws from the global random generator")
+    for name, factor in one.tensors().items():
+        if not torch.equal(factor, two.tensors()[name]):
+            raise AssertionError(f"sketch {kind!r}: {name} differs between two fits from one seed")
+    found, expected = _products(one, query, train), query.flatten(1) @ train.flatten(1).T
+    back = one.synthesise(one.train(DenseGradient(train))).flatten(1)
+    _close(f"sketch {kind!r}, adjoint", query.flatten(1) @ back.T, found, rtol)
+    if exact:
+        _close(f"sketch {kind!r}, inner products", found, expected, rtol)
+        return
+    draws = torch.stack([_products(_fitted(kind, train, query, width, seed), query, train) for seed in range(400)])
+    if bool(((draws.mean(0) - expected).abs() > 5 * draws.std(0) / len(draws) ** 0.5).any()):
+        raise AssertionError(f"sketch {kind!r} is biased: means {draws.mean(0)} for inner products {expected}")
+
+
+def _fitted(kind: str, train: Tensor, query: Tensor, width: int, seed: int) -> KroneckerSketch:
+    (rows, columns), (query_rows, query_columns) = (DenseGradient(side).moments() for side in (train, query))
+    settings = SketchSettings(kind, width, ridge=1e-12)
+    sides = SideMoments(rows, query_rows), SideMoments(columns, query_columns)
+    return fit_sketch(*sides, settings, torch.Generator().manual_seed(seed))
+
+
+def _products(sketch: KroneckerSketch, query: Tensor, train: Tensor) -> Tensor:
+    return sketch.query(DenseGradient(query)) @ sketch.train(DenseGradient(train)).T
 
 
 def _preconditioner(rule: Any, group: Mapping[str, Any], state: Mapping[str, Any], like: Tensor) -> Tensor:
