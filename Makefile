@@ -6,6 +6,8 @@ MAKEFLAGS += --no-builtin-rules
 
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
+# Where Debian's package dataset-fashion-mnist puts it.
+FASHION_MNIST := /usr/share/datasets/fashion-mnist
 
 .PHONY: demo test test-slow lint types bench clean
 
@@ -34,6 +36,8 @@ types: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(PY) -m benchmarks.step_time
+	if test -d "$(FASHION_MNIST)"; then $(PY) -m benchmarks.faithfulness "$(FASHION_MNIST)"; else \
+	  echo "faithfulness not measured: make bench FASHION_MNIST=DIRECTORY of the *-ubyte.gz files"; fi
 
 # What was made, but not the environment, which takes minutes: remove .venv by hand.
 clean:
