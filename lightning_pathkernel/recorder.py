@@ -231,10 +231,10 @@ class PathRecorder:
         for group in self._optimizer.param_groups:
             buckets = self._buckets(group)
             for update, names in buckets.items():
-                states = [self._optimizer.state[self.network.parameters[name]] for name in names]
                 if self._displacement.decays(update):
                     self._displacement.step_decay(names, update)
                 if self._rule.diagonal:
+                    states = [self._optimizer.state[self.network.parameters[name]] for name in names]
                     directions = [self._rule.buffer(state) for state in states]
                     denominators = self._rule.denominators(group, states)
                     known = [d for d in directions if d is not None]
@@ -244,8 +244,8 @@ class PathRecorder:
         return moved
 
     def _buckets(self, group: dict[str, Any]) -> dict[ParameterUpdate, list[str]]:
-        buckets: dict[ParameterUpdate, list[str]] = {}
-        known: dict[tuple[float, bool], ParameterUpdate] = {}
+        """The parameters of a group that have a gradient, by the scalars of their update."""
+        alike: dict[tuple[float, bool], tuple[Any, list[str]]] = {}
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
@@ -254,11 +254,15 @@ class PathRecorder:
                 raise CaptureError(_stranger(self.network.module, parameter, self.steps))
             state = self._optimizer.state[parameter]
             key = (float(state.get("step", 0)), name not in self._seen)
-            if key not in known:
-                known[key] = self._rule.update(group, state, key[1])
-            buckets.setdefault(known[key], []).append(name)
-            if self._rule.buffer(state) is not None:
+            if key in alike:
+                alike[key][1].append(name)
+            else:
+                alike[key] = (state, [name])
+            if key[1] and self._rule.buffer(state) is not None:
                 self._seen.add(name)
+        buckets: dict[ParameterUpdate, list[str]] = {}
+        for (_, first), (state, names) in alike.items():
+            buckets.setdefault(self._rule.update(group, state, first), []).extend(names)
         return buckets
 
     # one chord

@@ -203,7 +203,7 @@ class GradientCapture:
                         f"{owner.path or 'the model'!r} received a second gradient in one batch: backward ran twice "
                         "through the same graph (retain_graph=True, or a gradient inside the training step)."
                     )
-                call = LayerCall(*held.pop(), index, grad.detach(), training, n)
+                call = LayerCall(*held.pop(), index, grad.detach() if grad.requires_grad else grad, training, n)
                 if torch.is_grad_enabled():  # backward(create_graph=True)
                     with torch.no_grad():
                         self._send(owner, call, sink)
