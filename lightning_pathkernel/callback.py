@@ -291,16 +291,12 @@ class PathKernelCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the share of the time spent recording."""
+        """The batch is over, with a backward pass or without; keep the share of the time spent recording."""
         if self._recorder is not None:
+            self._recorder.skip_batch()
             self._step_seconds += time.perf_counter() - self._batch_started
 
     # metrics
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A batch that the module skipped is over."""
-        if self._recorder is not None:
-            self._recorder.skip_batch()
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log how faithful the kernel machine is at this moment of training."""

@@ -52,15 +52,14 @@ class IndexRecorder:
 def _indices(batch: Any) -> Tensor:
     try:
         found = np.array(batch)
-    except ValueError as error:
-        raise IdentityError(_not_indices(batch)) from error
+    except ValueError:  # rows of several lengths
+        found = np.array(None)
     if found.ndim != 1 or found.dtype.kind not in "iu":
-        raise IdentityError(_not_indices(batch))
+        drawn = str(batch)[:60]
+        raise IdentityError(
+            f"Cannot tell which examples are in a batch: the sampler drew {drawn}, no integers. {REMEDY}"
+        )
     return torch.from_numpy(found.astype(np.int64))
-
-
-def _not_indices(batch: Any) -> str:
-    return f"Cannot tell which examples are in a batch: the sampler drew {str(batch)[:60]}, no integers. {REMEDY}"
 
 
 def check_loader(loader: object) -> None:

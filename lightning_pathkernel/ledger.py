@@ -8,13 +8,41 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_pathkernel.functional import kernel_machine_agreement, kernel_machine_fidelity
 from lightning_pathkernel.network import Functional, Network, Tensors
 from lightning_pathkernel.path import QuadratureRule
 
-__all__ = ["ERROR_TERMS", "LEDGER_TERMS", "ChordSpan", "chord_terms"]
+__all__ = ["BIAS_TERMS", "ERROR_TERMS", "LEDGER_TERMS", "ChordSpan", "bias", "chord_terms", "fidelity_metrics"]
 
 ERROR_TERMS = ("quadrature", "sketch", "unattributed")
+BIAS_TERMS = ("initial", "decay", "buffers")
 LEDGER_TERMS = ("initial", "examples", "decay", "buffers", *ERROR_TERMS)
+
+
+def bias(terms: Mapping[str, Tensor]) -> Tensor:
+    """``b(x)`` of eq. (7): what no training example accounts for."""
+    return torch.stack([terms[name] for name in BIAS_TERMS]).sum(0)
+
+
+def fidelity_metrics(terms: Mapping[str, Tensor], outputs: Tensor) -> dict[str, float]:
+    """How well bias and examples reproduce the network, by the terms of its ledger.
+
+    Args:
+        terms: Term of `LEDGER_TERMS` -> ``[n, K]``.
+        outputs: The network's outputs, ``[n, K]``.
+
+    Returns:
+        ``fidelity``, ``agreement`` and the error budget ``error_quadrature``, ``error_sketch`` and
+        ``error_unattributed``: norms relative to that of the learned change ``f - b``.
+    """
+    base = bias(terms)
+    prediction = base + terms["examples"]
+    change = (outputs - base).norm().clamp_min(1e-30)
+    return {
+        "fidelity": float(kernel_machine_fidelity(prediction, outputs, base)),
+        "agreement": float(kernel_machine_agreement(prediction, outputs)),
+        **{f"error_{name}": float(terms[name].norm() / change) for name in ERROR_TERMS},
+    }
 
 
 @dataclass(frozen=True)

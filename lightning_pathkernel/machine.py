@@ -17,8 +17,7 @@ from lightning_pathkernel.capture import plan_capture
 from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.chord_io import read_chord
 from lightning_pathkernel.fingerprint import CONSTANTS, check_module, check_state, load_constants
-from lightning_pathkernel.functional import kernel_machine_agreement, kernel_machine_fidelity
-from lightning_pathkernel.ledger import ERROR_TERMS
+from lightning_pathkernel.ledger import LEDGER_TERMS, bias, fidelity_metrics
 from lightning_pathkernel.network import ForwardFn, Network, batch_size, take_rows
 from lightning_pathkernel.path import QuadratureRule, gauss_legendre
 from lightning_pathkernel.store import ArtifactError, read_manifest, read_tensors
@@ -172,9 +171,7 @@ class KernelMachine:
 
     def network_outputs(self, x: Any) -> Tensor:
         """Outputs of the network that the machine stands for, at the end of its path, ``[Q, K]``."""
-        last = self._chords[-1]
-        end = last.weights(1.0)
-        return self._over(x, lambda part: self._network.outputs(part, end, last.end_buffers))
+        return self._over(x, self._end_outputs)
 
     def fidelity(self, dataloader: Iterable[Any]) -> dict[str, float]:
         """How well the machine reproduces its network on batches of inputs.
@@ -186,27 +183,13 @@ class KernelMachine:
             ``fidelity``, ``agreement`` and the error budget ``error_quadrature``, ``error_sketch`` and
             ``error_unattributed``: norms relative to that of the learned change ``f_T - b``.
         """
-        predictions, targets, biases, errors = [], [], [], []
+        ledgers, outputs = [], []
         for batch in dataloader:
             for part in self._chunks(batch):
-                terms, _ = query.ledger(self._network, part, self._chords, self._rules(part))
-                bias = terms["initial"] + terms["decay"] + terms["buffers"]
-                prediction = bias + terms["examples"]
-                predictions.append(prediction)
-                biases.append(bias)
-                targets.append(self._end_outputs(part))
-                errors.append(torch.stack([terms[name] for name in ERROR_TERMS]))
-        prediction, target, bias = torch.cat(predictions), torch.cat(targets), torch.cat(biases)
-        change = (target - bias).norm().clamp_min(1e-30)
-        budget = {
-            f"error_{name}": float(error.norm() / change)
-            for name, error in zip(ERROR_TERMS, torch.cat(errors, dim=1), strict=True)
-        }
-        return {
-            "fidelity": float(kernel_machine_fidelity(prediction, target, bias)),
-            "agreement": float(kernel_machine_agreement(prediction, target)),
-            **budget,
-        }
+                ledgers.append(query.ledger(self._network, part, self._chords, self._rules(part))[0])
+                outputs.append(self._end_outputs(part))
+        terms = {name: torch.cat([found[name] for found in ledgers]) for name in LEDGER_TERMS}
+        return fidelity_metrics(terms, torch.cat(outputs))
 
     def _end_outputs(self, x: Any) -> Tensor:
         last = self._chords[-1]
@@ -278,7 +261,7 @@ class KernelMachine:
         best, worst = found.topk(k, dim=1), found.topk(k, dim=1, largest=False)
         ledger = {name: value[:, 0] for name, value in terms.items()}
         return Explanation(
-            ledger["initial"] + ledger["examples"] + ledger["decay"] + ledger["buffers"],
+            bias(ledger) + ledger["examples"],
             self.example_ids[torch.cat([best.indices, worst.indices], dim=1)],
             torch.cat([best.values, worst.values], dim=1),
             ledger,
@@ -312,21 +295,25 @@ class KernelMachine:
         """
         if x2 is not None and (target is None) != (target2 is None):
             raise ValueError("give both target and target2, or neither (the trace over outputs)")
+        rules = self._rules(x)
         if target is None and output_fn is None:
             count = self._end_outputs(take_rows(x, 0, 1)).shape[1]
             n, n2 = batch_size(x), batch_size(x if x2 is None else x2)
             columns = [(torch.full((n,), k), torch.full((n2,), k)) for k in range(count)]
-            return torch.stack([self._kernel(x, x2, a, b, None) for a, b in columns]).sum(0)
+            return torch.stack([self._kernel(x, x2, a, b, None, rules) for a, b in columns]).sum(0)
         chosen = torch.zeros(batch_size(x), dtype=torch.long) if target is None else target
         if target2 is None and x2 is not None:
             target2 = torch.zeros(batch_size(x2), dtype=torch.long)
         other = chosen if target2 is None else target2
-        return self._kernel(x, x2, chosen, other, output_fn)
+        return self._kernel(x, x2, chosen, other, output_fn, rules)
 
-    def _kernel(self, x: Any, x2: Any | None, target: Tensor, target2: Tensor, output_fn: OutputFn | None) -> Tensor:
+    def _kernel(
+        self, x: Any, x2: Any | None, target: Tensor, target2: Tensor, output_fn: OutputFn | None,
+        rules: list[QuadratureRule],
+    ) -> Tensor:  # fmt: skip
         second = None if x2 is None else (x2, _functional(output_fn, target2))
         first = (x, _functional(output_fn, target))
-        return query.kernel(self._network, first, second, self._chords, self._rules(x))
+        return query.kernel(self._network, first, second, self._chords, rules)
 
     def coefficients(
         self, x: Any, x_train: Any, ids: Tensor, target: Tensor, target_train: Tensor | None = None

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lightning_pathkernel.chord import Chord
-from lightning_pathkernel.functional import kernel_machine_agreement, kernel_machine_fidelity
-from lightning_pathkernel.ledger import ERROR_TERMS, LEDGER_TERMS, chord_terms
+from lightning_pathkernel.functional import kernel_machine_fidelity
+from lightning_pathkernel.ledger import LEDGER_TERMS, bias, chord_terms, fidelity_metrics
 from lightning_pathkernel.network import Network
 from lightning_pathkernel.path import QuadratureRule
 from lightning_pathkernel.recording.basis import probe_gradients, random_cotangent
@@ -77,16 +77,11 @@ class ProbeTracker:
         """
         terms, left = (self._terms, self._left) if open_chord is None else self._after(open_chord)
         now = self._network.outputs(self._probes)
-        bias = terms["initial"] + terms["decay"] + terms["buffers"]
-        change = (now - bias).norm().clamp_min(1e-30)
         direction = {name: w - self._start[name] for name, w in self._network.weights().items()}
         slope = self._network.jvps(self._probes, self._start, self._start_buffers, [direction])[0]
-        prediction = bias + terms["examples"]
         return {
-            "fidelity": float(kernel_machine_fidelity(prediction, now, bias)),
-            "agreement": float(kernel_machine_agreement(prediction, now)),
-            **{f"error_{name}": float(terms[name].norm() / change) for name in ERROR_TERMS},
-            "fidelity_left": float(kernel_machine_fidelity(left, now, bias)),
+            **fidelity_metrics(terms, now),
+            "fidelity_left": float(kernel_machine_fidelity(left, now, bias(terms))),
             "fidelity_linearized": float(kernel_machine_fidelity(self._initial + slope, now, self._initial)),
             "kernel_velocity": self._velocity,
         }
