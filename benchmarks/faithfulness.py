@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
+from benchmarks.networks import mlp
 from lightning_pathkernel.capture import plan_capture
 from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.machine import KernelMachine
@@ -29,11 +30,6 @@ from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
 
 TRAIN, BATCH, EPOCHS, PROBES, QUERIES = 2000, 64, 5, 256, 24
 Weights = dict[str, Tensor]
-
-
-def mlp() -> nn.Module:
-    """784-128-64-10, 110k weights."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
 def cnn() -> nn.Module:

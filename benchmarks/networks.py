@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["NETWORKS", "Transformer"]
+__all__ = ["NETWORKS", "Transformer", "mlp"]
 
 
 class Transformer(nn.Module):
@@ -46,11 +46,13 @@ class _Block(nn.Module):
         return out
 
 
+def mlp() -> nn.Module:
+    """784-128-64-10, ReLU, 110k weights."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
 def _mlp() -> tuple[nn.Module, Tensor, Tensor]:
-    model = nn.Sequential(
-        nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)
-    )
-    return model, torch.rand(128, 1, 28, 28), torch.randint(0, 10, (128,))
+    return mlp(), torch.rand(128, 1, 28, 28), torch.randint(0, 10, (128,))
 
 
 def _cnn() -> tuple[nn.Module, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_pathkernel.recorder import PathRecorder
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
@@ -71,3 +74,19 @@ def fit(
         loader = DataLoader(training, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
     trainer.fit(module, loader, DataLoader(validation, 50) if validate else None)
     return trainer
+
+
+def recorded_step(
+    recorder: PathRecorder, optimizer: torch.optim.Optimizer, ids: Tensor, loss: Callable[[], Tensor],
+    clip: float | None = None,
+) -> None:  # fmt: skip
+    """One optimiser step of a raw training loop, as the callback drives the recorder."""
+    recorder.begin_batch(ids)
+    optimizer.zero_grad()
+    loss().backward()
+    recorder.end_batch()
+    recorder.before_step()
+    if clip is not None:
+        nn.utils.clip_grad_norm_(recorder.network.parameters.values(), clip)
+    optimizer.step()
+    recorder.after_step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,14 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_pathkernel import KernelMachine, KernelMachineExporter, PathKernelCallback, verify
+from lightning_pathkernel.callback import _check_trainer
 from lightning_pathkernel.capture import CaptureError
 from lightning_pathkernel.identity import IdentityError
 from lightning_pathkernel.recorder import NonFiniteError
@@ -489,6 +492,28 @@ def test_unfreezing_is_refused_by_name(tmp_path: Path) -> None:
         fit(module, [callback(tmp_path)], tmp_path)
 
 
+def test_a_parameter_outside_the_module_is_refused(tmp_path: Path) -> None:
+    class Outside(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden = [nn.Parameter(torch.ones(10))]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self(batch[0]) * self.hidden[0], batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD([*self.parameters(), *self.hidden], lr=0.1)
+
+    with pytest.raises(CaptureError, match=r"a parameter of shape \(10,\) at step 0 that is not the module's"):
+        fit(Outside(), [callback(tmp_path)], tmp_path)
+
+
+def test_mps_is_refused() -> None:
+    trainer = SimpleNamespace(strategy=SingleDeviceStrategy(torch.device("mps")))
+    with pytest.raises(MisconfigurationException, match="does not support MPS, which lacks float64"):
+        _check_trainer(trainer)
+
+
 def test_two_steps_in_one_batch_are_refused(tmp_path: Path) -> None:
     class Manual(Classifier):
         def __init__(self, backward: int) -> None:
@@ -528,3 +553,4 @@ def test_metrics_that_are_not_finite_do_not_stop_the_export(tmp_path: Path) -> N
     path_kernel = Logs(str(tmp_path / "run"), sketch_dim=32, nodes=3, probes=16)
     fit(Classifier(), [path_kernel], tmp_path)
     verify(path_kernel.machine_dir)
+    assert "| fidelity | not finite |" in (path_kernel.machine_dir / "README.md").read_text()

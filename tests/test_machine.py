@@ -19,7 +19,7 @@ from lightning_pathkernel.network import Network
 from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
 from lightning_pathkernel.reference import ReferenceAdam, ReferencePathKernel, ReferenceSGD
 from lightning_pathkernel.sketch import SketchSettings
-from tests.helpers import Classifier, digits, fit
+from tests.helpers import Classifier, digits, fit, recorded_step
 
 STEPS = 14
 
@@ -73,15 +73,7 @@ def machine(name: str) -> KernelMachine:
     recorder = PathRecorder(Network(module, plan_capture(module)), optimizer, settings, None, chords.append)
     recorder.capture.attach()
     for ids, x, y in batches():
-        recorder.begin_batch(torch.tensor(ids))
-        optimizer.zero_grad()
-        F.cross_entropy(module(x), y).backward()
-        recorder.end_batch()
-        recorder.before_step()
-        if clip is not None:
-            nn.utils.clip_grad_norm_(module.parameters(), clip)
-        optimizer.step()
-        recorder.after_step()
+        recorded_step(recorder, optimizer, torch.tensor(ids), lambda x=x, y=y: F.cross_entropy(module(x), y), clip)
     recorder.capture.detach()
     return KernelMachine(module, chords, quadrature_points=6)
 

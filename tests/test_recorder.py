@@ -12,6 +12,8 @@ from lightning_pathkernel.capture import plan_capture
 from lightning_pathkernel.network import Network
 from lightning_pathkernel.path import gauss_legendre
 from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
+from lightning_pathkernel.sketch import SketchSettings
+from tests.helpers import recorded_step
 
 
 def _record(optimizer_name: str) -> tuple[Network, list, torch.Tensor]:
@@ -29,13 +31,7 @@ def _record(optimizer_name: str) -> tuple[Network, list, torch.Tensor]:
     recorder.capture.attach()
     for step in range(16):
         ids = torch.arange(16) + 16 * (step % 4)
-        recorder.begin_batch(ids)
-        optimizer.zero_grad()
-        F.cross_entropy(model(x[ids]), y[ids]).backward()
-        recorder.end_batch()
-        recorder.before_step()
-        optimizer.step()
-        recorder.after_step()
+        recorded_step(recorder, optimizer, ids, lambda ids=ids: F.cross_entropy(model(x[ids]), y[ids]))
     recorder.capture.detach()
     return network, chords, torch.randn(10, 6)
 
@@ -78,12 +74,7 @@ def test_self_influence_of_an_unsketched_recording_is_exact() -> None:
     chords: list = []
     recorder = PathRecorder(network, optimizer, RecorderSettings([0, 1], 512), None, chords.append)
     recorder.capture.attach()
-    recorder.begin_batch(torch.arange(12))
-    F.cross_entropy(model(x), y).backward()
-    recorder.end_batch()
-    recorder.before_step()
-    optimizer.step()
-    recorder.after_step()
+    recorded_step(recorder, optimizer, torch.arange(12), lambda: F.cross_entropy(model(x), y))
     recorder.capture.detach()
     torch.testing.assert_close(chords[0].self_inner, expected, rtol=1e-4, atol=1e-7)
 
@@ -97,15 +88,29 @@ def test_a_bias_that_adam_moves_along_rounding_is_named(
     chosen = getattr(torch.optim, optimizer)(model.parameters(), lr=0.01)
     recorder = PathRecorder(Network(model, plan_capture(model)), chosen, RecorderSettings([0, 1]), None, lambda _: None)
     recorder.capture.attach()
-    recorder.begin_batch(torch.arange(16))
-    F.cross_entropy(model(torch.randn(16, 6)), torch.randint(0, 3, (16,))).backward()
-    recorder.end_batch()
-    recorder.before_step()
-    chosen.step()
-    recorder.after_step()
+    x, y = torch.randn(16, 6), torch.randint(0, 3, (16,))
+    recorded_step(recorder, chosen, torch.arange(16), lambda: F.cross_entropy(model(x), y))
     recorder.capture.detach()
     if bias and optimizer == "AdamW":
         assert "the gradient of '0.bias' is zero but for rounding" in caplog.text
         assert "bias=False" in caplog.text
     else:
         assert not caplog.text
+
+
+def test_momentum_that_is_switched_on_later_begins_its_buffer_undampened() -> None:
+    """As torch does: the first buffer is the whole gradient, whenever that is."""
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 6).double(), torch.randint(0, 3, (8,))
+    model = nn.Linear(6, 3).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, dampening=0.5)
+    chords: list = []
+    settings = RecorderSettings([0, 6], 512, SketchSettings("identity"))
+    recorder = PathRecorder(Network(model, plan_capture(model)), optimizer, settings, None, chords.append)
+    recorder.capture.attach()
+    for step in range(6):
+        optimizer.param_groups[0]["momentum"] = 0.9 if step >= 3 else 0.0
+        recorded_step(recorder, optimizer, torch.arange(8), lambda: F.cross_entropy(model(x), y))
+    recorder.capture.detach()
+    for name, direction in chords[0].examples_direction().items():
+        torch.testing.assert_close(direction, chords[0].delta[name], rtol=1e-10, atol=1e-12)
