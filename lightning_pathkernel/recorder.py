@@ -6,31 +6,28 @@ but for clipping, and `after_step` once the weights have moved. A chord is close
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_pathkernel.capture import CaptureError, GradientCapture, PerExampleGradient, matrix_shape
+from lightning_pathkernel.capture import CaptureError, GradientCapture, PerExampleGradient
 from lightning_pathkernel.chord import Chord, QueryBuffer
 from lightning_pathkernel.network import Network
-from lightning_pathkernel.optim import ParameterUpdate, optimizer_rule
 from lightning_pathkernel.path import QuadratureRule, gauss_legendre
 from lightning_pathkernel.recording.basis import fit_basis, probe_gradients, random_cotangent
-from lightning_pathkernel.recording.cancelling import cancelling
+from lightning_pathkernel.recording.cancelling import warn_of_cancelling
+from lightning_pathkernel.recording.checks import check_sum
 from lightning_pathkernel.recording.displacement import ChordDisplacement
 from lightning_pathkernel.recording.rows import RowArena, StepRows, carry_over, weighted
 from lightning_pathkernel.recording.self_influence import self_influence
+from lightning_pathkernel.recording.updates import OptimizerUpdates
 from lightning_pathkernel.recording.visits import VisitWeights
 from lightning_pathkernel.sketch import KroneckerSketch, SketchSettings, fit_second_stage
 
 __all__ = ["NonFiniteError", "PathRecorder", "RecorderSettings"]
-
-_log = logging.getLogger(__name__)
 
 
 class NonFiniteError(ArithmeticError):
@@ -84,21 +81,17 @@ class PathRecorder:
         self.settings = settings
         self.steps = 0
         self.capture = GradientCapture(network.module, network.plan)
-        self._optimizer = optimizer
-        self._rule = optimizer_rule(optimizer)
+        self._updates = OptimizerUpdates(network, optimizer)
         self._probes = probes
         self._on_chord = on_chord
         self._generator = torch.Generator().manual_seed(settings.seed)
-        self._names = list(network.parameters)
         self._shapes = {name: p.shape for name, p in network.parameters.items()}
-        self._seen: set[str] = set()
-        self._visits = VisitWeights(self._names)
+        self._visits = VisitWeights(list(network.parameters))
         self._rows: list[list[StepRows]] = []
         self._arena = RowArena()
         self._batch: tuple[StepRows, dict[str, list[PerExampleGradient]]] | None = None
         self._step: list[StepRows] = []
         self._ends = frozenset(settings.nodes[1:])
-        self._by_id = {id(p): name for name, p in network.parameters.items()}
         self._sketches: dict[str, KroneckerSketch] = {}
         self._fitted = False
         self._chords = 0
@@ -160,7 +153,7 @@ class PathRecorder:
             return
         if self.settings.clipping:
             self._norms = self._gradient_norms()
-        if self._displacement.decay_buffers or any(g["weight_decay"] for g in self._optimizer.param_groups):
+        if self._displacement.decay_buffers or self._updates.decaying():
             self._displacement.remember(self.network.parameters)
 
     def _gradient_norms(self) -> Tensor:
@@ -193,7 +186,7 @@ class PathRecorder:
         if coefficient != 1.0:
             for rows in self._step:
                 rows.coefficient = coefficient
-        self._visits.step(self._take_updates())
+        self._visits.step(self._updates.take(self._displacement, self.steps))
         if not self._fitted:
             self._fit(coefficient)
         self._rows.append(self._step)
@@ -225,46 +218,6 @@ class PathRecorder:
                 f"{self._first_step} was recorded. Lower the learning rate, clip the gradients, or check the data."
             )
 
-    def _take_updates(self) -> dict[ParameterUpdate, list[str]]:
-        """The parameters that moved, by the scalars of their update; noted in the chord's running sums."""
-        moved: dict[ParameterUpdate, list[str]] = {}
-        for group in self._optimizer.param_groups:
-            buckets = self._buckets(group)
-            for update, names in buckets.items():
-                if self._displacement.decays(update):
-                    self._displacement.step_decay(names, update)
-                if self._rule.diagonal:
-                    states = [self._optimizer.state[self.network.parameters[name]] for name in names]
-                    directions = [self._rule.buffer(state) for state in states]
-                    denominators = self._rule.denominators(group, states)
-                    known = [d for d in directions if d is not None]
-                    self._displacement.step_preconditioned(names, update, known, denominators)
-                moved.setdefault(update, []).extend(names)
-        self._displacement.learning_time += float(self._optimizer.param_groups[0]["lr"])
-        return moved
-
-    def _buckets(self, group: dict[str, Any]) -> dict[ParameterUpdate, list[str]]:
-        """The parameters of a group that have a gradient, by the scalars of their update."""
-        alike: dict[tuple[float, bool], tuple[Any, list[str]]] = {}
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            name = self._by_id.get(id(parameter))
-            if name is None:
-                raise CaptureError(_stranger(self.network.module, parameter, self.steps))
-            state = self._optimizer.state[parameter]
-            key = (float(state.get("step", 0)), name not in self._seen)
-            if key in alike:
-                alike[key][1].append(name)
-            else:
-                alike[key] = (state, [name])
-            if key[1] and self._rule.buffer(state) is not None:
-                self._seen.add(name)
-        buckets: dict[ParameterUpdate, list[str]] = {}
-        for (_, first), (state, names) in alike.items():
-            buckets.setdefault(self._rule.update(group, state, first), []).extend(names)
-        return buckets
-
     # one chord
 
     def _fit(self, coefficient: float) -> None:
@@ -274,23 +227,24 @@ class PathRecorder:
                 "no layer's gradient was seen in the backward pass: the hooks did not fire. A compiled module must be "
                 "compiled after the fit has begun; manual gradients are not supported."
             )
-        self._check_sum(coefficient)
-        if self._chords == 0 and self._rule.diagonal:
-            self._warn_of_cancelling()
+        check_sum(self._held, self.network.parameters, coefficient, self.steps)
+        if self._chords == 0 and self._updates.rule.diagonal:
+            warn_of_cancelling(self._held, type(self._updates.optimizer).__name__)
         probes = {} if self._probes is None else self._probe_blocks()
         old = self._sketches
         self._sketches = fit_basis(
-            self._held[0],
+            next(held for held in self._held if held),
             probes,
-            self._preconditioner(),
-            self._direction(),
+            self._updates.preconditioner(self.steps),
+            self._updates.direction(),
             self._shapes,
             self.settings.sketch,
             self._generator,
         )
         if self._rows:
-            tail = self._visits.buffered[: len(self._rows)]
-            self._rows = carry_over(self._rows, tail, self._tail_momentum(), old, self._sketches)
+            buffered = self._visits.buffered
+            momentum = self._updates.earlier_momentum(buffered[-1], self._displacement.decay_buffers)
+            self._rows = carry_over(self._rows, buffered[: len(self._rows)], momentum, old, self._sketches)
         self._arena.reset()
         for rows, held in zip(self._step, self._held, strict=True):
             for name, uses in held.items():
@@ -299,74 +253,8 @@ class PathRecorder:
             rows.close()
         self._fitted = True
 
-    def _warn_of_cancelling(self) -> None:
-        names = cancelling(self._held)
-        if names:
-            _log.warning(
-                "the gradient of %s is zero but for rounding (a bias before a batch norm?), and %s divides by its "
-                "size: contributions through it are huge, cancel, and mean nothing. Construct its layer with "
-                "bias=False.",
-                ", ".join(map(repr, names)),
-                type(self._optimizer).__name__,
-            )
-
     def _probe_blocks(self) -> dict[str, list[PerExampleGradient]]:
         return probe_gradients(self.network, self._probes, random_cotangent(self._generator))
-
-    def _preconditioner(self) -> dict[str, Tensor]:
-        """D of the latest step, by parameter, 0 where a weight has never moved; empty for the identity."""
-        out: dict[str, Tensor] = {}
-        for group in self._optimizer.param_groups if self._rule.diagonal else ():
-            for names in self._buckets(group).values():
-                states = [self._optimizer.state[self.network.parameters[name]] for name in names]
-                for name, state, found in zip(names, states, self._rule.denominators(group, states), strict=True):
-                    buffer = self._rule.buffer(state)
-                    out[name] = found.reciprocal() if buffer is None else found.reciprocal() * (buffer != 0)
-        return out
-
-    def _direction(self) -> dict[str, Tensor]:
-        """Where every parameter is moving: its momentum buffer, or the gradient."""
-        out = {}
-        for name, parameter in self.network.parameters.items():
-            buffer = self._rule.buffer(self._optimizer.state[parameter])
-            found = parameter.grad if buffer is None else buffer
-            out[name] = torch.zeros_like(parameter) if found is None else found.detach()
-        return out
-
-    def _tail_momentum(self) -> dict[str, Tensor]:
-        """What the momentum buffers hold of the examples of earlier steps, as matrices."""
-        out = {}
-        newest = self._visits.buffered[-1]
-        for j, (name, parameter) in enumerate(self.network.parameters.items()):
-            buffer = self._rule.buffer(self._optimizer.state[parameter])
-            if buffer is None:
-                continue
-            tail = buffer.detach().clone()
-            if parameter.grad is not None:
-                tail -= parameter.grad * float(newest[j])
-            if name in self._displacement.decay_buffers:
-                tail -= self._displacement.decay_buffers[name]
-            out[name] = tail.reshape(matrix_shape(parameter.shape))
-        return out
-
-    def _check_sum(self, coefficient: float) -> None:
-        """The captured rows must add up to the gradient that the optimiser received."""
-        wrong = []
-        largest = max(float(p.grad.norm()) for p in self.network.parameters.values() if p.grad is not None)
-        for name, parameter in self.network.parameters.items():
-            if parameter.grad is None:
-                continue
-            uses = [use.total() for held in self._held for use in held.get(name, ())]
-            captured = torch.stack(uses).sum(0) if uses else torch.zeros_like(parameter).flatten()
-            gap = float((captured.reshape(parameter.shape) * coefficient - parameter.grad).norm())
-            if gap > 1e-3 * float(parameter.grad.norm()) and gap > 1e-5 * largest:
-                wrong.append(f"{name!r} ({gap / max(float(parameter.grad.norm()), 1e-30):.1%} unaccounted for)")
-        if wrong:
-            raise CaptureError(
-                f"the per-example gradients do not add up to the gradient for {', '.join(wrong)} at step {self.steps}. "
-                "A weight used outside its module's forward, dropout inside a layer without a rule, or gradients added "
-                "by hand do that. Call the owning module instead, or register a layer rule."
-            )
 
     def close_chord(self) -> None:
         """End the open chord at the weights as they are now and hand it on; nothing happens if it is empty."""
@@ -437,16 +325,3 @@ class PathRecorder:
                     buffer(name, use)
             parts.append(buffer.features())
         return torch.cat(parts)
-
-
-def _stranger(module: torch.nn.Module, parameter: Tensor, step: int) -> str:
-    name = next((name for name, p in module.named_parameters() if p is parameter), None)
-    if name is None:
-        return (
-            f"the optimiser moved a parameter of shape {tuple(parameter.shape)} at step {step} that is not the "
-            "module's: register what owns it (the loss?) as a submodule."
-        )
-    return (
-        f"{name!r} was frozen when the fit began and learned at step {step}: unfreezing is not supported. Let "
-        "it require gradients from the start, with a learning rate of 0 until then."
-    )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from lightning_pathkernel.capture import PerExampleGradient, VectorGradient
 
-__all__ = ["cancelling"]
+__all__ = ["cancelling", "warn_of_cancelling"]
+
+_log = logging.getLogger(__name__)
 
 
 def cancelling(batches: Sequence[Mapping[str, Sequence[PerExampleGradient]]], rtol: float = 1e-5) -> list[str]:
@@ -24,7 +27,7 @@ def cancelling(batches: Sequence[Mapping[str, Sequence[PerExampleGradient]]], rt
         Their names.
     """
     found = []
-    for name in batches[0]:
+    for name in dict.fromkeys(name for batch in batches for name in batch):
         uses = [use for batch in batches for use in batch.get(name, ())]
         vectors = [use.values for use in uses if isinstance(use, VectorGradient)]
         if len(vectors) < len(uses):
@@ -34,3 +37,20 @@ def cancelling(batches: Sequence[Mapping[str, Sequence[PerExampleGradient]]], rt
         if whole < rtol * parts:
             found.append(name)
     return found
+
+
+def warn_of_cancelling(batches: Sequence[Mapping[str, Sequence[PerExampleGradient]]], optimizer: str) -> None:
+    """Name such parameters in the log, with the remedy.
+
+    Args:
+        batches: As for `cancelling`.
+        optimizer: The optimiser's name.
+    """
+    names = cancelling(batches)
+    if names:
+        _log.warning(
+            "the gradient of %s is zero but for rounding (a bias before a batch norm?), and %s divides by its size: "
+            "contributions through it are huge, cancel, and mean nothing. Construct its layer with bias=False.",
+            ", ".join(map(repr, names)),
+            optimizer,
+        )
