@@ -1,9 +1,10 @@
 """The kernel machine that your network is: path kernels for PyTorch Lightning."""
 
 from lightning_pathkernel.callback import PathKernelCallback
+from lightning_pathkernel.explanation import Explanation
 from lightning_pathkernel.exporter import KernelMachineExporter
 from lightning_pathkernel.functional import kernel_machine_agreement, kernel_machine_fidelity
-from lightning_pathkernel.machine import Explanation, KernelMachine
+from lightning_pathkernel.machine import KernelMachine
 from lightning_pathkernel.metrics import KernelMachineAgreement, KernelMachineFidelity
 from lightning_pathkernel.store import ArtifactError, verify
 

@@ -64,7 +64,7 @@ def _first_rows(loader: Any, count: int) -> Any:
             break
     if not batches:
         raise ValueError("the validation loader is empty")
-    return take_rows(_concatenated(batches), 0, count)
+    return take_rows(_concatenated(batches), slice(count))
 
 
 def _concatenated(batches: list[Any]) -> Any:

@@ -2,59 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lightning_pathkernel import query
+from lightning_pathkernel.artifact import read_machine
 from lightning_pathkernel.capture import plan_capture
 from lightning_pathkernel.chord import Chord
-from lightning_pathkernel.chord_io import read_chord
-from lightning_pathkernel.fingerprint import CONSTANTS, check_module, check_state, load_constants
+from lightning_pathkernel.explanation import Explanation, OutputFn, functional_of
 from lightning_pathkernel.ledger import LEDGER_TERMS, bias, fidelity_metrics
 from lightning_pathkernel.network import ForwardFn, Network, batch_size, take_rows
 from lightning_pathkernel.path import QuadratureRule, gauss_legendre
-from lightning_pathkernel.store import ArtifactError, read_manifest, read_tensors
 
-__all__ = ["Explanation", "KernelMachine"]
-
-OutputFn = Callable[[Tensor, Tensor], Tensor]
-"""``(outputs [n, K], target [n]) -> [n]``: the scalar that is explained."""
-
-
-def pick_target(outputs: Tensor, target: Tensor) -> Tensor:
-    """The output ``target`` of each row, ``[n]``: the default output function."""
-    return outputs.gather(1, target.unsqueeze(1)).squeeze(1)
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Why a prediction is what it is.
-
-    Attributes:
-        prediction: The explained scalar as the kernel machine predicts it, ``[Q]``.
-        example_ids: Training examples most for it, strongest first, then most against it, strongest first, ``[Q, 2k]``.
-        contributions: What each of them adds to the scalar, in its units, ``[Q, 2k]``.
-        ledger: Term of docs/theory.md section 5 -> ``[Q]``; the terms add up to the network's own scalar.
-    """
-
-    prediction: Tensor
-    example_ids: Tensor
-    contributions: Tensor
-    ledger: dict[str, Tensor]
+__all__ = ["KernelMachine"]
 
 
 class KernelMachine:
     """A trained network as ``b(x) + sum_i c_i(x)`` over its training examples.
 
     Args:
-        module: The network's module; a private copy is kept.
+        module: The network's module; shared with its owner, never left changed.
         chords: The path.
         forward_fn: ``(module, batch) -> outputs [n, K]``; default: the module called on the batch, or on its first
             element when the batch is a tuple or a list.
@@ -112,19 +83,7 @@ class KernelMachine:
             ArtifactError: If the artifact is damaged or of another format, or if the module's parameter names, shapes
                 or dtypes differ from the manifest's; every difference is named.
         """
-        directory = Path(path)
-        manifest = read_manifest(directory)
-        check_module(module, manifest["module"])
-        private = _copy(module)
-        constants, _ = read_tensors(directory / CONSTANTS)
-        load_constants(private, constants)
-        chords = [read_chord(directory / name) for name in manifest["chords"]]
-        step = 0
-        for name, chord in zip(manifest["chords"], chords, strict=True):
-            if chord.first_step != step or chord.last_step <= step:
-                raise ArtifactError(f"{name}: steps {chord.first_step} to {chord.last_step}, expected from {step} on")
-            step = chord.last_step
-            check_state(private, chord.start, chord.start_buffers)
+        private, chords = read_machine(path, module)
         return cls(private, chords, forward_fn, rtol, quadrature_points)
 
     @property
@@ -211,7 +170,7 @@ class KernelMachine:
         target = self._targets(x, target)
         parts = []
         for part, rows in self._with_rows(x, target):
-            functional = _functional(output_fn, rows)
+            functional = functional_of(output_fn, rows)
             parts.append(
                 query.contributions(self._network, part, self._chords, self.example_ids, self._rules(part), functional)
             )
@@ -250,7 +209,7 @@ class KernelMachine:
         )
 
     def _explain(self, x: Any, target: Tensor, top_k: int, output_fn: OutputFn | None, complete: bool) -> Explanation:
-        functional = _functional(output_fn, target)
+        functional = functional_of(output_fn, target)
         rules = self._rules(x)
         terms, gaps = query.ledger(self._network, x, self._chords, rules, functional)
         found = query.contributions(
@@ -297,7 +256,7 @@ class KernelMachine:
             raise ValueError("give both target and target2, or neither (the trace over outputs)")
         rules = self._rules(x)
         if target is None and output_fn is None:
-            count = self._end_outputs(take_rows(x, 0, 1)).shape[1]
+            count = self._end_outputs(take_rows(x, slice(1))).shape[1]
             n, n2 = batch_size(x), batch_size(x if x2 is None else x2)
             columns = [(torch.full((n,), k), torch.full((n2,), k)) for k in range(count)]
             return torch.stack([self._kernel(x, x2, a, b, None, rules) for a, b in columns]).sum(0)
@@ -311,8 +270,8 @@ class KernelMachine:
         self, x: Any, x2: Any | None, target: Tensor, target2: Tensor, output_fn: OutputFn | None,
         rules: list[QuadratureRule],
     ) -> Tensor:  # fmt: skip
-        second = None if x2 is None else (x2, _functional(output_fn, target2))
-        first = (x, _functional(output_fn, target))
+        second = None if x2 is None else (x2, functional_of(output_fn, target2))
+        first = (x, functional_of(output_fn, target))
         return query.kernel(self._network, first, second, self._chords, rules)
 
     def coefficients(
@@ -342,7 +301,7 @@ class KernelMachine:
         for value in target.unique():
             rows = (target == value).nonzero().flatten()
             other = torch.full((len(ids),), int(value)) if target_train is None else target_train
-            kernel[rows] = self.kernel(_select(x, rows), x_train, target[rows], other)
+            kernel[rows] = self.kernel(take_rows(x, rows), x_train, target[rows], other)
         return torch.where(kernel == 0, torch.full_like(found, torch.nan), found / kernel)
 
     def self_influence(self) -> Tensor:
@@ -379,7 +338,7 @@ class KernelMachine:
 
     def _chunks(self, x: Any) -> Iterator[Any]:
         for start in range(0, batch_size(x), self._chunk):
-            yield take_rows(x, start, start + self._chunk)
+            yield take_rows(x, slice(start, start + self._chunk))
 
     def _with_rows(self, x: Any, target: Tensor) -> Iterator[tuple[Any, Tensor]]:
         for part, start in zip(self._chunks(x), range(0, batch_size(x), self._chunk), strict=True):
@@ -387,23 +346,3 @@ class KernelMachine:
 
     def _over(self, x: Any, answer: Callable[[Any], Tensor]) -> Tensor:
         return torch.cat([answer(part) for part in self._chunks(x)])
-
-
-def _functional(output_fn: OutputFn | None, target: Tensor) -> Callable[[Tensor], Tensor]:
-    chosen = output_fn or pick_target
-    return lambda outputs: chosen(outputs, target.to(outputs.device))
-
-
-def _select(x: Any, rows: Tensor) -> Any:
-    n = batch_size(x)
-    return pytree.tree_map(lambda v: v[rows] if isinstance(v, Tensor) and v.dim() and v.shape[0] == n else v, x)
-
-
-def _copy(module: nn.Module) -> nn.Module:
-    """A deep copy without a trainer behind it."""
-    trainer = module.__dict__.pop("_trainer", None)
-    try:
-        return copy.deepcopy(module)
-    finally:
-        if trainer is not None:
-            module.__dict__["_trainer"] = trainer

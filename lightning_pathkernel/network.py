@@ -69,13 +69,21 @@ def batch_size(batch: object) -> int:
     raise ValueError(f"cannot tell the batch size of a {type(batch).__name__}: it contains no tensor with rows")
 
 
-def take_rows(batch: Any, start: int, stop: int) -> Any:
-    """Rows ``start:stop`` of every tensor of a batch that has one row per example."""
+def take_rows(batch: Any, rows: slice | Tensor) -> Any:
+    """Some rows of every tensor of a batch that has one row per example.
+
+    Args:
+        batch: Tensors, nested in any way.
+        rows: Which, as a slice or as indices.
+
+    Returns:
+        The batch with these rows; everything else in it as it was.
+    """
     n = batch_size(batch)
 
     def take(value: Any) -> Any:
-        rows = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == n
-        return value[start:stop] if rows else value
+        fits = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == n
+        return value[rows] if fits else value
 
     return pytree.tree_map(take, batch)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_pathkernel.capture import OuterGradient, PerExampleGradient, VectorGradient, matrix_shape
-from lightning_pathkernel.network import Network, Tensors, batch_size, take_rows
+from lightning_pathkernel.network import Network, Tensors, take_rows
 from lightning_pathkernel.sketch import KroneckerSketch, SideMoments, SketchSettings, fit_sketch, rank_one_log
 
 __all__ = ["Blocks", "dense_sample", "fit_basis", "probe_gradients", "random_cotangent"]
@@ -51,7 +51,7 @@ def probe_gradients(
 ) -> dict[str, list[PerExampleGradient]]:
     """Per-example gradients of the first ``rows`` probes, by parameter, kept for use after the pass."""
     blocks: dict[str, list[PerExampleGradient]] = {}
-    batch = take_rows(probes, 0, min(rows, batch_size(probes)))
+    batch = take_rows(probes, slice(rows))
     network.per_example_gradients(batch, functional, lambda n, g: blocks.setdefault(n, []).append(g), **where)
     return blocks
 

@@ -1,0 +1,54 @@
+"""Reading an artifact back: a private module with its constants, and the chords of its path."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from torch import nn
+
+from lightning_pathkernel.chord import Chord
+from lightning_pathkernel.chord_io import read_chord
+from lightning_pathkernel.fingerprint import CONSTANTS, check_module, check_state, load_constants
+from lightning_pathkernel.store import ArtifactError, read_manifest, read_tensors
+
+__all__ = ["read_machine"]
+
+
+def read_machine(path: str | Path, module: nn.Module) -> tuple[nn.Module, list[Chord]]:
+    """Read what a kernel machine is made of.
+
+    Args:
+        path: The artifact's directory.
+        module: A module of the architecture that was trained; left as it is.
+
+    Returns:
+        A copy of the module with the artifact's constants, and the chords in the order of training.
+
+    Raises:
+        ArtifactError: If the artifact is damaged, of another format or not of this module.
+    """
+    directory = Path(path)
+    manifest = read_manifest(directory)
+    check_module(module, manifest["module"])
+    private = _copy(module)
+    constants, _ = read_tensors(directory / CONSTANTS)
+    load_constants(private, constants)
+    chords = [read_chord(directory / name) for name in manifest["chords"]]
+    step = 0
+    for name, chord in zip(manifest["chords"], chords, strict=True):
+        if chord.first_step != step or chord.last_step <= step:
+            raise ArtifactError(f"{name}: steps {chord.first_step} to {chord.last_step}, expected from {step} on")
+        step = chord.last_step
+        check_state(private, chord.start, chord.start_buffers)
+    return private, chords
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A deep copy without a trainer behind it."""
+    trainer = module.__dict__.pop("_trainer", None)
+    try:
+        return copy.deepcopy(module)
+    finally:
+        if trainer is not None:
+            module.__dict__["_trainer"] = trainer

@@ -1,0 +1,43 @@
+"""Which scalar of the outputs is explained, and what an explanation holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_pathkernel.network import Functional
+
+__all__ = ["Explanation", "OutputFn", "functional_of", "pick_target"]
+
+OutputFn = Callable[[Tensor, Tensor], Tensor]
+"""``(outputs [n, K], target [n]) -> [n]``: the scalar that is explained."""
+
+
+def pick_target(outputs: Tensor, target: Tensor) -> Tensor:
+    """The output ``target`` of each row, ``[n]``: the default output function."""
+    return outputs.gather(1, target.unsqueeze(1)).squeeze(1)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a prediction is what it is.
+
+    Attributes:
+        prediction: The explained scalar as the kernel machine predicts it, ``[Q]``.
+        example_ids: Training examples most for it, strongest first, then most against it, strongest first, ``[Q, 2k]``.
+        contributions: What each of them adds to the scalar, in its units, ``[Q, 2k]``.
+        ledger: Term of docs/theory.md section 5 -> ``[Q]``; the terms add up to the network's own scalar.
+    """
+
+    prediction: Tensor
+    example_ids: Tensor
+    contributions: Tensor
+    ledger: dict[str, Tensor]
+
+
+def functional_of(output_fn: OutputFn | None, target: Tensor) -> Functional:
+    """The scalar that an output function picks of each row for its target, as a function of the outputs alone."""
+    chosen = output_fn or pick_target
+    return lambda outputs: chosen(outputs, target.to(outputs.device))
