@@ -17,11 +17,12 @@ from lightning_pathkernel.capture import CaptureError, GradientCapture, PerExamp
 from lightning_pathkernel.chord import Chord, QueryBuffer
 from lightning_pathkernel.network import Network
 from lightning_pathkernel.path import QuadratureRule, gauss_legendre
+from lightning_pathkernel.recording.arena import Arena
 from lightning_pathkernel.recording.basis import fit_basis, probe_gradients, random_cotangent
 from lightning_pathkernel.recording.cancelling import warn_of_cancelling
 from lightning_pathkernel.recording.checks import check_sum
 from lightning_pathkernel.recording.displacement import ChordDisplacement
-from lightning_pathkernel.recording.rows import RowArena, StepRows, carry_over, weighted
+from lightning_pathkernel.recording.rows import StepRows, carry_over, weighted
 from lightning_pathkernel.recording.self_influence import self_influence
 from lightning_pathkernel.recording.updates import OptimizerUpdates
 from lightning_pathkernel.recording.visits import VisitWeights
@@ -88,7 +89,7 @@ class PathRecorder:
         self._shapes = {name: p.shape for name, p in network.parameters.items()}
         self._visits = VisitWeights(list(network.parameters))
         self._rows: list[list[StepRows]] = []
-        self._arena = RowArena()
+        self._arena = Arena()
         self._batch: tuple[StepRows, dict[str, list[PerExampleGradient]]] | None = None
         self._step: list[StepRows] = []
         self._ends = frozenset(settings.nodes[1:])
@@ -195,9 +196,8 @@ class PathRecorder:
     def _clip_coefficient(self) -> float:
         """What clipping by norm multiplied every gradient with."""
         if self._norms is None:
-            # a loss that is not finite leaves no row of the first layer finite: cheaper to see than all norms
-            latest = self._step[-1].latest() if self._fitted else self._gradient_norms()
-            self._check_finite(0.0 if latest is None else float(latest.sum()))
+            # a loss that is not finite leaves no row finite: cheaper to see than in all norms
+            self._check_finite(self._step[-1].total() if self._fitted else float(self._gradient_norms().sum()))
             return 1.0
         after = self._gradient_norms()
         clipped = float(after.norm())

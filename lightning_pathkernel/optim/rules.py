@@ -13,8 +13,7 @@ with scalars read after the step and a diagonal preconditioner D (None for the i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,8 +32,7 @@ class UnsupportedOptimizerError(ValueError):
     """The optimiser, or an option of it, has no rule."""
 
 
-@dataclass(frozen=True)
-class ParameterUpdate:
+class ParameterUpdate(NamedTuple):
     """The scalars of one parameter's update, as in this module's header."""
 
     rate: float

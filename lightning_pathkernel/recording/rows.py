@@ -7,7 +7,6 @@ are kept until the chord closes: less work in every step, and fewer bytes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -15,117 +14,115 @@ import torch
 from torch import Tensor
 
 from lightning_pathkernel.capture import PerExampleGradient
+from lightning_pathkernel.recording.arena import Arena, Slot
 from lightning_pathkernel.sketch import KroneckerSketch
 
-__all__ = ["RowArena", "StepRows", "carry_over", "weighted"]
+__all__ = ["StepRows", "carry_over", "weighted"]
 
 Sketches = Mapping[str, KroneckerSketch]
 
 
-class RowArena:
-    """Memory for one chord's rows, taken once and used again by every later chord.
-
-    A row is small, but lives as long as its chord: allocated one by one among the tensors of a backward pass they break
-    its memory up, and every step pays for fresh pages (measured: docs/benchmarks.md).
-
-    Args:
-        block: Numbers allocated at once.
-    """
-
-    def __init__(self, block: int = 9 << 20) -> None:
-        self._size = block
-        self._blocks: list[Tensor] = []
-        self.reset()
-
-    def reset(self) -> None:
-        """Everything kept so far may be written over."""
-        self._block, self._at = 0, 0
-
-    def new(self, n: int, k: int, like: Tensor) -> Tensor:
-        """Room for rows ``[n, k]`` of the dtype and on the device of ``like``; it is theirs until the next `reset`."""
-        total = n * k
-        while self._block < len(self._blocks) and self._at + total > len(self._blocks[self._block]):
-            self._block, self._at = self._block + 1, 0
-        if self._block == len(self._blocks):
-            # filled, so that its pages are there before the steps that write to it
-            self._blocks.append(like.new_empty(max(self._size, total)).fill_(0.0))
-        block = self._blocks[self._block]
-        if block.dtype != like.dtype or block.device != like.device:
-            return like.new_empty(n, k)
-        self._at += total
-        return block.as_strided((n, k), (k, 1), self._at - total)
-
-
-@dataclass
 class StepRows:
     """Visits of one optimiser step, or of one of its batches.
 
-    Attributes:
+    Between the first `add` and `close` the matrices taken in are tensors of their own; then they become columns of one
+    slot of the arena.
+
+    Args:
         ids: Training examples, ``[n]``.
-        parts: Parameter -> one entry per use: features ``[n, k_left * k_right]``, or their two factors.
+        arena: Where what is taken in is kept.
+
+    Attributes:
         coefficient: What clipping multiplied the gradients with.
-        arena: Where the parts are kept.
     """
 
-    ids: Tensor
-    arena: RowArena
-    parts: dict[str, list[tuple[Tensor, ...]]] = field(default_factory=dict)
-    coefficient: float = 1.0
-    _last: tuple[Tensor, Tensor | None, Tensor] | None = None
+    __slots__ = ("_arena", "_ids", "_last", "_matrices", "_rows", "_uses", "_widths", "coefficient")
+
+    def __init__(self, ids: Tensor, arena: Arena) -> None:
+        self._ids: Tensor | Slot = ids
+        self._arena = arena
+        self._rows: Slot | None = None
+        self._matrices: list[Tensor] = []
+        self._widths: tuple[int, ...] = ()
+        self._uses: list[tuple[str, tuple[int, ...]]] = []
+        self._last: tuple[Tensor, Tensor | None, int] | None = None
+        self.coefficient = 1.0
+
+    @classmethod
+    def whole(cls, ids: Tensor, features: Mapping[str, Tensor]) -> StepRows:
+        """Of features ``[n, k_left * k_right]`` by parameter; they are copied, to memory of their own."""
+        rows = cls(ids, Arena(1))
+        for name, matrix in features.items():
+            rows._uses.append((name, (rows._take(matrix),)))
+        rows.close()
+        return rows
+
+    @property
+    def ids(self) -> Tensor:
+        """Training examples, ``[n]``."""
+        return self._ids.view()[:, 0] if isinstance(self._ids, Slot) else self._ids
 
     def add(self, name: str, sketch: KroneckerSketch, gradient: PerExampleGradient) -> None:
-        """Take in one use of one parameter."""
+        """Take in one use of one parameter: its features, or the two factors of them."""
         factors = gradient.factors()
         if factors is None:
-            part: tuple[Tensor, ...] = (self._kept(sketch.train(gradient)),)
+            self._uses.append((name, (self._take(sketch.train(gradient)),)))
+            return
+        left, right = factors
+        at = self._left(left, sketch.train_left)
+        if right is None:
+            self._uses.append((name, (at,)))
         else:
-            left, right = factors
-            part = (self._left(left, sketch.train_left),)
-            if right is not None:
-                part = (*part, self._product(right, sketch.train_right))
-        if name in self.parts:
-            self.parts[name].append(part)
-        else:
-            self.parts[name] = [part]
+            self._uses.append((name, (at, self._product(right, sketch.train_right))))
 
-    def _left(self, left: Tensor, factor: Tensor | None) -> Tensor:
+    def _left(self, left: Tensor, factor: Tensor | None) -> int:
         """A weight and its bias have the same left factor, and under a common basis the same product."""
         if self._last is None or self._last[0] is not left or self._last[1] is not factor:
             self._last = (left, factor, self._product(left, factor))
         return self._last[2]
 
-    def _product(self, rows: Tensor, factor: Tensor | None) -> Tensor:
-        if factor is None:
-            return self._kept(rows)
-        return torch.mm(rows, factor.T, out=self.arena.new(len(rows), len(factor), rows))
+    def _product(self, rows: Tensor, factor: Tensor | None) -> int:
+        # a copy, since what the layer computed may be written over before this batch is closed
+        return self._take(rows.clone() if factor is None else torch.mm(rows, factor.T))
 
-    def _kept(self, rows: Tensor) -> Tensor:
-        return self.arena.new(len(rows), rows.shape[1], rows).copy_(rows)
+    def _take(self, matrix: Tensor) -> int:
+        self._matrices.append(matrix)
+        return len(self._matrices) - 1
 
     def close(self) -> None:
-        """Nothing more is taken in: let go of what adding kept at hand."""
-        self._last = None
+        """Nothing more is taken in: hold on to no tensor, only to what the arena keeps."""
+        matrices = self._matrices
+        if not matrices:
+            return
+        self._widths = tuple(matrix.shape[1] for matrix in matrices)
+        like = max(matrices, key=Tensor.element_size)
+        self._rows = self._arena.new(matrices[0].shape[0], sum(self._widths), like)
+        torch.cat(matrices, 1, out=self._rows.view())
+        self._ids = self._arena.keep(self.ids.unsqueeze(1))
+        self._matrices, self._last = [], None
 
-    def latest(self) -> Tensor | None:
-        """What was taken in last: it comes from the layer that backward reaches last."""
-        return next(reversed(self.parts.values()))[0][0] if self.parts else None
+    def total(self) -> float:
+        """The sum of all that was taken in, finite only if every number is; 0 if there is none."""
+        return 0.0 if self._rows is None else float(self._rows.view().sum())
 
     def features(self, sketches: Sketches) -> Tensor:
-        """All features, ``[n, F]``."""
-        like = next(iter(self.parts.values()))[0][0]
-        columns = []
-        for name, sketch in sketches.items():
-            uses = [_expanded(part) for part in self.parts.get(name, ())]
-            zero = like.new_zeros(len(self.ids), sketch.features)
-            columns.append(torch.stack(uses).sum(0) if len(uses) > 1 else uses[0] if uses else zero)
-        out = torch.cat(columns, dim=1)
+        """All features of a closed batch, ``[n, F]``."""
+        assert self._rows is not None
+        rows = self._rows.view()
+        matrices = rows.split(self._widths, dim=1)
+        found: dict[str, Tensor] = {}
+        for name, use in self._uses:
+            part = _outer([matrices[at] for at in use])
+            found[name] = found[name] + part if name in found else part
+        zeros = {name: rows.new_zeros(len(rows), s.features) for name, s in sketches.items() if name not in found}
+        out = torch.cat([zeros[name] if name in zeros else found[name] for name in sketches], dim=1)
         return out if self.coefficient == 1.0 else out * self.coefficient
 
 
-def _expanded(part: tuple[Tensor, ...]) -> Tensor:
-    if len(part) == 1:
-        return part[0]
-    left, right = part
+def _outer(factors: list[Tensor]) -> Tensor:
+    if len(factors) == 1:
+        return factors[0]
+    left, right = factors
     return (left.unsqueeze(2) * right.unsqueeze(1)).flatten(1)
 
 
@@ -187,14 +184,15 @@ def carry_over(
     counts = [len(step) for step in steps]
     before = split(torch.cat(steps), old)
     shares = torch.from_numpy(np.repeat(buffered, counts, axis=0)).to(steps[0])
-    after = [StepRows(torch.cat([part.ids for part in step]), step[0].arena) for step in batches]
+    after: list[dict[str, Tensor]] = [{} for _ in steps]
     for j, (name, sketch) in enumerate(old.items()):
         rows = sketch.reexpress(before[name], new[name])
         if name in momentum:
             rows = _complete(rows, shares[:, j : j + 1], new[name].train_matrix(momentum[name]))
         for step, part in zip(after, rows.split(counts), strict=True):
-            step.parts[name] = [(part,)]
-    return [[step] for step in after]
+            step[name] = part
+    ids = [torch.cat([part.ids for part in step]) for step in batches]
+    return [[StepRows.whole(*step)] for step in zip(ids, after, strict=True)]
 
 
 def _complete(rows: Tensor, shares: Tensor, wanted: Tensor) -> Tensor:
