@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from typing import cast
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_pathkernel.capture.gradients import (
+    ConvBiasGradient,
     ConvGradient,
     DenseGradient,
     PerExampleGradient,
@@ -15,9 +17,11 @@ from lightning_pathkernel.capture.gradients import (
     grouped_conv_gradient,
 )
 from lightning_pathkernel.capture.rules import LayerCall, register_layer_rule
-from lightning_pathkernel.capture.windows import ConvGeometry
+from lightning_pathkernel.capture.windows import ConvGeometry, WindowScratch
 
 __all__ = ["conv_rule"]
+
+_SCRATCH: WeakKeyDictionary[nn.Module, WindowScratch] = WeakKeyDictionary()
 
 
 def _padded(layer: nn.Conv2d, inputs: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -39,17 +43,16 @@ def conv_rule(layer: nn.Module, call: LayerCall) -> dict[str, PerExampleGradient
         call: Inputs ``[n, c_in, *]`` and output gradients ``[n, c_out, *]``.
 
     Returns:
-        Gradients of ``weight [c_out, c_in / groups * window]`` and, where there is one, of ``bias [c_out]``.
+        Gradients of ``weight [c_out, c_in / groups * window]`` and of ``bias [c_out]``.
     """
     conv = cast(nn.Conv2d, layer)
     inputs, padding = _padded(conv, call.input)
     grads = call.grad_output
     geometry = ConvGeometry(conv.kernel_size, conv.stride, padding, conv.dilation, tuple(grads.shape[2:]))
-    out: dict[str, PerExampleGradient] = {}
-    if conv.groups == 1:
-        out["weight"] = ConvGradient(inputs, grads, geometry)
-    else:
-        out["weight"] = DenseGradient(grouped_conv_gradient(inputs, grads, geometry, conv.groups))
-    if conv.bias is not None:
-        out["bias"] = VectorGradient(grads.flatten(2).sum(2))
-    return out
+    if conv.groups != 1:
+        weight = DenseGradient(grouped_conv_gradient(inputs, grads, geometry, conv.groups))
+        return {"weight": weight, "bias": VectorGradient(grads.flatten(2).sum(2))}
+    if layer not in _SCRATCH:
+        _SCRATCH[layer] = WindowScratch()
+    shared = ConvGradient(inputs, grads, geometry, _SCRATCH[layer])
+    return {"weight": shared, "bias": ConvBiasGradient(shared)}

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_pathkernel.capture.windows import ConvGeometry
+from lightning_pathkernel.capture.windows import ConvGeometry, WindowScratch
 
 __all__ = [
+    "ConvBiasGradient",
     "ConvGradient",
     "DenseGradient",
     "FactoredGradient",
@@ -267,16 +268,18 @@ class IndexedGradient:
         return IndexedGradient(self.indices[:count], self.right[:count], self.rows)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ConvGradient:
     """Gradient of an ungrouped convolution's weight: ``inputs [n, c_in, *]``, ``grad_outputs [n, c_out, *]``.
 
-    The column factor acts as a convolution with ``k`` output channels, so no window is ever unfolded.
+    The column factor acts as a convolution with ``k`` output channels, so that no window is unfolded where there is one.
     """
 
     inputs: Tensor
     grad_outputs: Tensor
     geometry: ConvGeometry
+    scratch: WindowScratch
+    _sums: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -285,13 +288,24 @@ class ConvGradient:
 
     def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """A thin convolution of the inputs, contracted with the output gradients, ``[n, k_left, k_right]``."""
-        if right is None:
-            columns = self.geometry.unfold(self.inputs)
-        else:
-            columns = self.geometry.convolve(self.inputs, right).flatten(2)
         # columns first: the product over positions is the large one, and this order of it the fast one
-        out = columns @ self.grad_outputs.flatten(2).transpose(1, 2)
+        grads = self.grad_outputs.flatten(2).transpose(1, 2)
+        if right is not None:
+            out = self.geometry.convolve(self.inputs, right).flatten(2) @ grads
+        else:
+            unfolded = self.scratch.unfold(self.inputs, self.geometry)
+            if unfolded is None:
+                out = self.geometry.unfold(self.inputs) @ grads
+            else:
+                both = unfolded @ grads
+                out, self._sums = both[:, :-1], both[:, -1]
         return (out if left is None else out @ left.T).transpose(1, 2)
+
+    def sums(self) -> Tensor:
+        """Output gradients summed over positions, ``[n, c_out]``; already there if the windows were written out."""
+        if self._sums is None:
+            self._sums = self.grad_outputs.flatten(2).sum(2)
+        return self._sums
 
     def factors(self) -> None:
         """Not of rank one."""
@@ -310,7 +324,21 @@ class ConvGradient:
 
     def head(self, count: int) -> ConvGradient:
         """The first ``count`` examples."""
-        return ConvGradient(self.inputs[:count], self.grad_outputs[:count], self.geometry)
+        return ConvGradient(self.inputs[:count], self.grad_outputs[:count], self.geometry, WindowScratch())
+
+
+class ConvBiasGradient(VectorGradient):
+    """A convolution's bias: read after its weight, it costs nothing where the weight's windows were written out."""
+
+    __slots__ = ("_weight",)
+
+    def __init__(self, weight: ConvGradient) -> None:
+        self._weight = weight
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        """``[n, c_out]``."""
+        return self._weight.sums()
 
 
 def grouped_conv_gradient(inputs: Tensor, grad_outputs: Tensor, geometry: ConvGeometry, groups: int) -> Tensor:
