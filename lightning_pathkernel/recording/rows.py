@@ -69,21 +69,19 @@ class StepRows:
             self._uses.append((name, (self._take(sketch.train(gradient)),)))
             return
         left, right = factors
-        at = self._left(left, sketch.train_left)
-        if right is None:
-            self._uses.append((name, (at,)))
-        else:
-            self._uses.append((name, (at, self._product(right, sketch.train_right))))
+        by_left, by_right = sketch.train_transposed
+        at = self._left(left, sketch.train_left, by_left)
+        self._uses.append((name, (at,) if right is None else (at, self._product(right, by_right))))
 
-    def _left(self, left: Tensor, factor: Tensor | None) -> int:
+    def _left(self, left: Tensor, factor: Tensor | None, transposed: Tensor | None) -> int:
         """A weight and its bias have the same left factor, and under a common basis the same product."""
         if self._last is None or self._last[0] is not left or self._last[1] is not factor:
-            self._last = (left, factor, self._product(left, factor))
+            self._last = (left, factor, self._product(left, transposed))
         return self._last[2]
 
-    def _product(self, rows: Tensor, factor: Tensor | None) -> int:
+    def _product(self, rows: Tensor, transposed: Tensor | None) -> int:
         # a copy, since what the layer computed may be written over before this batch is closed
-        return self._take(rows.clone() if factor is None else torch.mm(rows, factor.T))
+        return self._take(rows.clone() if transposed is None else torch.mm(rows, transposed))
 
     def _take(self, matrix: Tensor) -> int:
         self._matrices.append(matrix)
@@ -95,10 +93,9 @@ class StepRows:
         if not matrices:
             return
         self._widths = tuple(matrix.shape[1] for matrix in matrices)
-        like = max(matrices, key=Tensor.element_size)
-        self._rows = self._arena.new(matrices[0].shape[0], sum(self._widths), like)
+        self._rows = self._arena.new(matrices[0].shape[0], sum(self._widths), _widest(matrices))
         torch.cat(matrices, 1, out=self._rows.view())
-        self._ids = self._arena.keep(self.ids.unsqueeze(1))
+        self._ids = self._arena.keep(self.ids[:, None])
         self._matrices, self._last = [], None
 
     def total(self) -> float:
@@ -117,6 +114,12 @@ class StepRows:
         zeros = {name: rows.new_zeros(len(rows), s.features) for name, s in sketches.items() if name not in found}
         out = torch.cat([zeros[name] if name in zeros else found[name] for name in sketches], dim=1)
         return out if self.coefficient == 1.0 else out * self.coefficient
+
+
+def _widest(matrices: list[Tensor]) -> Tensor:
+    """One of the dtype that holds them all."""
+    first = matrices[0].dtype
+    return matrices[0] if all(m.dtype is first for m in matrices) else max(matrices, key=Tensor.element_size)
 
 
 def _outer(factors: list[Tensor]) -> Tensor:

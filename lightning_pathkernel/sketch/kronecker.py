@@ -12,6 +12,7 @@ with D the chord's preconditioner (1 for SGD), eq. (8) of docs/theory.md. ``None
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -58,6 +59,11 @@ class KroneckerSketch:
         left = self.rows if self.train_left is None else int(self.train_left.shape[0])
         right = self.columns if self.train_right is None else int(self.train_right.shape[0])
         return left, right
+
+    @cached_property
+    def train_transposed(self) -> tuple[Tensor | None, Tensor | None]:
+        """The training factors, transposed, ``[r, k_left]`` and ``[c, k_right]``: what every step multiplies with."""
+        return _transposed(self.train_left), _transposed(self.train_right)
 
     @property
     def features(self) -> int:
