@@ -36,6 +36,7 @@ types: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(PY) -m benchmarks.step_time
+	$(PY) -m benchmarks.trainer_time
 	if test -d "$(FASHION_MNIST)"; then $(PY) -m benchmarks.faithfulness "$(FASHION_MNIST)"; else \
 	  echo "faithfulness not measured: make bench FASHION_MNIST=DIRECTORY of the *-ubyte.gz files"; fi
 

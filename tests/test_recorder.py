@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -114,3 +116,31 @@ def test_momentum_that_is_switched_on_later_begins_its_buffer_undampened() -> No
     recorder.capture.detach()
     for name, direction in chords[0].examples_direction().items():
         torch.testing.assert_close(direction, chords[0].delta[name], rtol=1e-10, atol=1e-12)
+
+
+def test_no_tensor_outlives_the_step_it_was_made_in() -> None:
+    """A tensor kept for the chord, however small, splits memory that the next backward pass needs whole."""
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 1, 8, 8), torch.randint(0, 3, (16,))
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.ReLU(),
+        nn.Conv2d(4, 20, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(320, 30),
+        nn.Linear(30, 3),
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    recorder = PathRecorder(
+        Network(model, plan_capture(model)), optimizer, RecorderSettings([0, 100], 64), None, lambda chord: None
+    )
+    recorder.capture.attach()
+
+    def alive_after(steps: int) -> int:
+        for _ in range(steps):
+            recorded_step(recorder, optimizer, torch.arange(16), lambda: F.cross_entropy(model(x), y))
+        gc.collect()
+        return sum(type(found) is torch.Tensor for found in gc.get_objects())
+
+    assert alive_after(3) == alive_after(10)

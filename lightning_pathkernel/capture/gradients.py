@@ -272,7 +272,7 @@ class IndexedGradient:
 class ConvGradient:
     """Gradient of an ungrouped convolution's weight: ``inputs [n, c_in, *]``, ``grad_outputs [n, c_out, *]``.
 
-    The column factor acts as a convolution with ``k`` output channels, so that no window is unfolded where there is one.
+    The column factor acts as a convolution with ``k`` output channels: where there is one, no window is unfolded.
     """
 
     inputs: Tensor

@@ -83,7 +83,9 @@ class WindowScratch:
     def _make(self, inputs: Tensor, geometry: ConvGeometry) -> None:
         n, c_in, *size = inputs.shape
         padded = inputs.new_zeros(n, c_in, *(s + 2 * p for s, p in zip(size, geometry.padding, strict=True)))
-        self._inner = padded[(..., *(slice(p, p + s) for s, p in zip(size, geometry.padding, strict=True)))]
+        self._inner = padded
+        for dim, (length, padding) in enumerate(zip(size, geometry.padding, strict=True), start=2):
+            self._inner = self._inner.narrow(dim, padding, length)
         self._windows = geometry.windows(padded)
         self._unfolded = inputs.new_ones(n, _columns(inputs, geometry), math.prod(geometry.output))
         self._inside = self._unfolded[:, :-1].view(self._windows.shape)

@@ -54,7 +54,7 @@ class Arena:
 
     def keep(self, matrix: Tensor) -> Slot:
         """A copy of ``matrix [n, k]``."""
-        slot = self.new(*matrix.shape, matrix)
+        slot = self.new(matrix.shape[0], matrix.shape[1], matrix)
         slot.view().copy_(matrix)
         return slot
 
