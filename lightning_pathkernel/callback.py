@@ -9,10 +9,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
-from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -21,10 +20,11 @@ from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.chord_io import write_chord
 from lightning_pathkernel.exporter import KernelMachineExporter, open_recording, record_metrics
 from lightning_pathkernel.identity import IdentityError, LoaderIndices, user_ids
+from lightning_pathkernel.lightning_checks import check_trainer, output_directory, training_nodes
 from lightning_pathkernel.lightning_probes import collect_probes
 from lightning_pathkernel.network import ForwardFn, Network, batch_size
 from lightning_pathkernel.optim import UnsupportedOptimizerError, optimizer_rule
-from lightning_pathkernel.path import gauss_legendre, node_schedule
+from lightning_pathkernel.path import gauss_legendre
 from lightning_pathkernel.probes import ProbeTracker
 from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
 from lightning_pathkernel.sketch import SKETCHES, SketchSettings
@@ -38,7 +38,7 @@ class PathKernelCallback(pl.Callback):
     Args:
         dirpath: Where recording and machine are written; None resolves as `ModelCheckpoint`'s does: the first logger's
             directory, else the trainer's ``default_root_dir``, with ``pathkernel`` added.
-        sketch_dim: Numbers stored per training example and chord, all layers together.
+        sketch_dim: Numbers stored per training example and chord, all layers together, whatever the kind of sketch.
         nodes: Chords of the coarse-grained path; more of them share the total more finely among examples.
         probes: Validation examples followed during training for the logged metrics.
         example_ids: None for dataset indices, found without your help; or a function ``batch -> LongTensor [n]``.
@@ -110,7 +110,7 @@ class PathKernelCallback(pl.Callback):
         if not self._active:
             rank_zero_info("PathKernelCallback: fast_dev_run, nothing is recorded.")
             return
-        _check_trainer(trainer)
+        check_trainer(trainer)
         if self.example_ids is None:
             self._watch_loaders(trainer)
 
@@ -154,12 +154,12 @@ class PathKernelCallback(pl.Callback):
             )
         optimizer = trainer.optimizers[0]
         optimizer_rule(optimizer)
-        schedule = self._schedule(trainer)
+        schedule = training_nodes(trainer, self.nodes)
         network = Network(pl_module, plan_capture(pl_module), self.forward_fn)
         probes = collect_probes(trainer, pl_module, self.probes)
         if probes is not None:
             self._check_forward(network, probes)
-        directory = self._resolve(trainer)
+        directory = output_directory(trainer, self.dirpath, used_before=self.recording_dir is not None)
         self.recording_dir, self.machine_dir = directory / "recording", directory / "machine"
         open_recording(self.recording_dir, pl_module, self._facts(pl_module, optimizer, schedule))
         if probes is not None:
@@ -169,18 +169,6 @@ class PathKernelCallback(pl.Callback):
         self._recorder = PathRecorder(network, optimizer, settings, probes, self._on_chord)
         self._recorder.capture.attach()
         self._handles.append(optimizer.register_step_post_hook(self._after_step))
-
-    def _schedule(self, trainer: pl.Trainer) -> list[int]:
-        steps = trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise MisconfigurationException(
-                "PathKernelCallback places its nodes over the whole fit: give the Trainer max_epochs or max_steps."
-            )
-        if self.nodes > steps:
-            rank_zero_warn(
-                f"nodes={self.nodes} is more than the {steps} optimiser steps: every step gets its own node."
-            )
-        return node_schedule(int(steps), self.nodes)
 
     def _facts(
         self, module: pl.LightningModule, optimizer: torch.optim.Optimizer, schedule: list[int]
@@ -204,25 +192,6 @@ class PathKernelCallback(pl.Callback):
                 f"the network's outputs could not be had on a validation batch: {error}. Pass forward_fn=, a function "
                 "(pl_module, batch) -> outputs [n, K]."
             ) from error
-
-    def _resolve(self, trainer: pl.Trainer) -> Path:
-        """The directory of this fit; a directory with anything in it is never written to."""
-        if self.dirpath is not None:
-            base = Path(self.dirpath)
-            mine = self.recording_dir is not None
-            if not mine and base.exists() and any(base.iterdir()):
-                raise MisconfigurationException(
-                    f"dirpath {str(base)!r} is not empty (it has {min(p.name for p in base.iterdir())!r}): nothing is "
-                    "overwritten. Choose another dirpath, or remove it."
-                )
-        elif trainer.loggers:
-            logger = trainer.loggers[0]
-            version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-            base = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version / "pathkernel"
-        else:
-            base = Path(trainer.default_root_dir) / "pathkernel"
-        base = Path(str(trainer.strategy.broadcast(str(base))))
-        return _unused(base)
 
     # every batch and step
 
@@ -347,34 +316,3 @@ class PathKernelCallback(pl.Callback):
         if self._process is not None:
             del trainer.strategy.process_dataloader
         self._forget()
-
-
-def _check_trainer(trainer: pl.Trainer) -> None:
-    """Refuse by name what is not supported yet."""
-    if type(trainer.strategy) is not SingleDeviceStrategy:
-        raise MisconfigurationException(
-            f"PathKernelCallback does not support the strategy {type(trainer.strategy).__name__}: train on one device "
-            "(strategy='auto', devices=1)."
-        )
-    if trainer.strategy.root_device.type == "mps":
-        raise MisconfigurationException(
-            "PathKernelCallback does not support MPS, which lacks float64: train with accelerator='cpu'."
-        )
-    if str(trainer.precision) != "32-true" and str(trainer.precision) != "64-true":
-        raise MisconfigurationException(
-            f"PathKernelCallback does not support precision={trainer.precision!r}: use '32-true' or '64-true'."
-        )
-    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
-        raise MisconfigurationException(
-            "PathKernelCallback does not support gradient_clip_algorithm='value': clip by norm, which scales all "
-            "gradients alike."
-        )
-
-
-def _unused(base: Path) -> Path:
-    """``base``, or ``base-v1``, ``base-v2``, ... where there is something already."""
-    candidate, version = base, 0
-    while candidate.exists() and any(candidate.iterdir()):
-        version += 1
-        candidate = base.with_name(f"{base.name}-v{version}")
-    return candidate
