@@ -20,14 +20,14 @@ from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.chord_io import write_chord
 from lightning_pathkernel.exporter import KernelMachineExporter, open_recording, record_metrics
 from lightning_pathkernel.identity import IdentityError, LoaderIndices, user_ids
-from lightning_pathkernel.lightning_checks import check_trainer, output_directory, training_nodes
-from lightning_pathkernel.lightning_probes import collect_probes
 from lightning_pathkernel.network import ForwardFn, Network, batch_size
 from lightning_pathkernel.optim import UnsupportedOptimizerError, optimizer_rule
 from lightning_pathkernel.path import gauss_legendre
+from lightning_pathkernel.probe_batch import collect_probes
 from lightning_pathkernel.probes import ProbeTracker
 from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
 from lightning_pathkernel.sketch import SKETCHES, SketchSettings
+from lightning_pathkernel.trainer_checks import FitError, check_trainer, output_directory, training_nodes
 
 __all__ = ["PathKernelCallback"]
 
@@ -110,7 +110,10 @@ class PathKernelCallback(pl.Callback):
         if not self._active:
             rank_zero_info("PathKernelCallback: fast_dev_run, nothing is recorded.")
             return
-        check_trainer(trainer)
+        try:
+            check_trainer(trainer)
+        except FitError as error:
+            raise MisconfigurationException(str(error)) from error
         if self.example_ids is None:
             self._watch_loaders(trainer)
 
@@ -137,7 +140,7 @@ class PathKernelCallback(pl.Callback):
             return
         try:
             self._begin(trainer, pl_module)
-        except (CaptureError, UnsupportedOptimizerError) as error:
+        except (CaptureError, FitError, UnsupportedOptimizerError) as error:
             self._release(trainer)
             raise MisconfigurationException(str(error)) from error
 
@@ -156,7 +159,7 @@ class PathKernelCallback(pl.Callback):
         optimizer_rule(optimizer)
         schedule = training_nodes(trainer, self.nodes)
         network = Network(pl_module, plan_capture(pl_module), self.forward_fn)
-        probes = collect_probes(trainer, pl_module, self.probes)
+        probes = collect_probes(trainer, self.probes)
         if probes is not None:
             self._check_forward(network, probes)
         directory = output_directory(trainer, self.dirpath, used_before=self.recording_dir is not None)

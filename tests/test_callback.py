@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_pathkernel import KernelMachine, KernelMachineExporter, PathKernelCallback, verify
-from lightning_pathkernel.callback import _check_trainer
 from lightning_pathkernel.capture import CaptureError
 from lightning_pathkernel.identity import IdentityError
 from lightning_pathkernel.recorder import NonFiniteError
+from lightning_pathkernel.trainer_checks import FitError, check_trainer
 from tests.helpers import Classifier, digits, fit, small_cnn
 
 METRICS = [
@@ -510,8 +510,8 @@ def test_a_parameter_outside_the_module_is_refused(tmp_path: Path) -> None:
 
 def test_mps_is_refused() -> None:
     trainer = SimpleNamespace(strategy=SingleDeviceStrategy(torch.device("mps")))
-    with pytest.raises(MisconfigurationException, match="does not support MPS, which lacks float64"):
-        _check_trainer(trainer)
+    with pytest.raises(FitError, match="does not support MPS, which lacks float64"):
+        check_trainer(trainer)
 
 
 def test_two_steps_in_one_batch_are_refused(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import lightning_pathkernel
 
 ROOT = Path(lightning_pathkernel.__file__).parent
 SIBLINGS = ("capture", "sketch", "optim", "path", "store", "functional")
-LIGHTNING = {"callback.py", "lightning_checks.py", "lightning_probes.py"}
 
 
 def imports(path: Path) -> set[str]:
@@ -25,15 +24,9 @@ def imports(path: Path) -> set[str]:
 def test_only_the_callback_knows_lightning_and_only_metrics_knows_torchmetrics() -> None:
     for path in ROOT.rglob("*.py"):
         roots = {name.partition(".")[0] for name in imports(path)}
-        if path.name not in LIGHTNING:
+        if path.name != "callback.py":
             assert not roots & {"pytorch_lightning", "lightning_fabric", "lightning"}, path.name
         assert "torchmetrics" not in roots or path.name == "metrics.py", path.name
-
-
-def test_only_the_callback_opens_the_rooms_that_know_lightning() -> None:
-    rooms = {f"lightning_pathkernel.{name.removesuffix('.py')}" for name in LIGHTNING - {"callback.py"}}
-    for path in ROOT.rglob("*.py"):
-        assert path.name == "callback.py" or not imports(path) & rooms, path.name
 
 
 def test_siblings_do_not_import_one_another_or_what_is_built_on_them() -> None:

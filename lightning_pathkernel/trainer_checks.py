@@ -2,48 +2,47 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
-
-import pytorch_lightning as pl
-from pytorch_lightning.strategies import SingleDeviceStrategy
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from typing import Any
 
 from lightning_pathkernel.path import node_schedule
 
-__all__ = ["check_trainer", "output_directory", "training_nodes"]
+__all__ = ["FitError", "check_trainer", "output_directory", "training_nodes"]
 
 
-def check_trainer(trainer: pl.Trainer) -> None:
+class FitError(ValueError):
+    """A fit that cannot be recorded, and why."""
+
+
+def check_trainer(trainer: Any) -> None:
     """Refuse by name what is not supported yet.
 
     Args:
         trainer: The Trainer of the fit.
 
     Raises:
-        MisconfigurationException: With what was found, and the remedy.
+        FitError: With what was found, and the remedy.
     """
-    if type(trainer.strategy) is not SingleDeviceStrategy:
-        raise MisconfigurationException(
+    if type(trainer.strategy).__name__ != "SingleDeviceStrategy":
+        raise FitError(
             f"PathKernelCallback does not support the strategy {type(trainer.strategy).__name__}: train on one device "
             "(strategy='auto', devices=1)."
         )
     if trainer.strategy.root_device.type == "mps":
-        raise MisconfigurationException(
-            "PathKernelCallback does not support MPS, which lacks float64: train with accelerator='cpu'."
-        )
+        raise FitError("PathKernelCallback does not support MPS, which lacks float64: train with accelerator='cpu'.")
     if str(trainer.precision) != "32-true" and str(trainer.precision) != "64-true":
-        raise MisconfigurationException(
+        raise FitError(
             f"PathKernelCallback does not support precision={trainer.precision!r}: use '32-true' or '64-true'."
         )
     if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
-        raise MisconfigurationException(
+        raise FitError(
             "PathKernelCallback does not support gradient_clip_algorithm='value': clip by norm, which scales all "
             "gradients alike."
         )
 
 
-def training_nodes(trainer: pl.Trainer, nodes: int) -> list[int]:
+def training_nodes(trainer: Any, nodes: int) -> list[int]:
     """Optimiser steps at which chords end, over the whole fit.
 
     Args:
@@ -54,19 +53,21 @@ def training_nodes(trainer: pl.Trainer, nodes: int) -> list[int]:
         Steps, the first one 0; every step where fewer are to come than chords were asked for, with a warning.
 
     Raises:
-        MisconfigurationException: If the fit has no end.
+        FitError: If the fit has no end.
     """
     steps = trainer.estimated_stepping_batches
     if steps == float("inf"):
-        raise MisconfigurationException(
+        raise FitError(
             "PathKernelCallback places its nodes over the whole fit: give the Trainer max_epochs or max_steps."
         )
     if nodes > steps:
-        rank_zero_warn(f"nodes={nodes} is more than the {steps} optimiser steps: every step gets its own node.")
+        warnings.warn(
+            f"nodes={nodes} is more than the {steps} optimiser steps: every step gets its own node.", stacklevel=2
+        )
     return node_schedule(int(steps), nodes)
 
 
-def output_directory(trainer: pl.Trainer, dirpath: str | None, used_before: bool) -> Path:
+def output_directory(trainer: Any, dirpath: str | None, used_before: bool) -> Path:
     """Where this fit writes, the same on every rank; a directory with anything in it is never written to.
 
     Args:
@@ -78,12 +79,12 @@ def output_directory(trainer: pl.Trainer, dirpath: str | None, used_before: bool
         The directory, empty or not there yet.
 
     Raises:
-        MisconfigurationException: If the user's choice has something in it already.
+        FitError: If the user's choice has something in it already.
     """
     if dirpath is not None:
         base = Path(dirpath)
         if not used_before and base.exists() and any(base.iterdir()):
-            raise MisconfigurationException(
+            raise FitError(
                 f"dirpath {str(base)!r} is not empty (it has {min(p.name for p in base.iterdir())!r}): nothing is "
                 "overwritten. Choose another dirpath, or remove it."
             )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import pytorch_lightning as pl
+import numpy as np
 import torch
-from lightning_fabric.utilities.seed import _collect_rng_states, _set_rng_states
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
@@ -16,12 +18,11 @@ from lightning_pathkernel.network import batch_size, take_rows
 __all__ = ["collect_probes"]
 
 
-def collect_probes(trainer: pl.Trainer, pl_module: pl.LightningModule, count: int) -> Any | None:
+def collect_probes(trainer: Any, count: int) -> Any | None:
     """The first ``count`` examples of the first validation loader, as one batch on the module's device.
 
     Args:
-        trainer: The trainer, with its validation loaders set up.
-        pl_module: The module.
+        trainer: The Trainer, with its validation loaders set up.
         count: How many; all there are, with a warning, if there are fewer.
 
     Returns:
@@ -32,24 +33,35 @@ def collect_probes(trainer: pl.Trainer, pl_module: pl.LightningModule, count: in
     if count == 0:
         return None
     if loader is None:
-        rank_zero_warn(
+        warnings.warn(
             "PathKernelCallback: there is no validation loader, so no fidelity is logged and the sketches are fitted "
-            "without probes. Pass val_dataloaders to Trainer.fit."
+            "without probes. Pass val_dataloaders to Trainer.fit.",
+            stacklevel=2,
         )
         return None
-    states = _collect_rng_states()
-    generator = getattr(loader, "generator", None)
-    private = generator.get_state() if isinstance(generator, torch.Generator) else None
-    try:
+    with _random_states_kept(getattr(loader, "generator", None)):
         batch = _first_rows(loader, count)
-    finally:
-        _set_rng_states(states)
-        if private is not None and isinstance(generator, torch.Generator):
-            generator.set_state(private)
     found = batch_size(batch)
     if found < count:
-        rank_zero_warn(f"probes={count}, but the validation set has {found} examples: all of them are followed.")
+        warnings.warn(
+            f"probes={count}, but the validation set has {found} examples: all of them are followed.", stacklevel=2
+        )
     return trainer.strategy.batch_to_device(batch)
+
+
+@contextmanager
+def _random_states_kept(private: object) -> Iterator[None]:
+    """Put Python's, NumPy's and torch's generators, and the loader's own, back as they were."""
+    own = private if isinstance(private, torch.Generator) else None
+    python, numpy, state = random.getstate(), np.random.get_state(), own.get_state() if own is not None else None
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        if own is not None and state is not None:
+            own.set_state(state)
 
 
 def _first_rows(loader: Any, count: int) -> Any:
