@@ -52,10 +52,10 @@ class Arena:
             pool = self._pools[key] = _Pool(self._size if like.is_floating_point() else max(self._size >> 7, 1))
         return pool.take(n, k, like)
 
-    def keep(self, matrix: Tensor) -> Slot:
-        """A copy of ``matrix [n, k]``."""
-        slot = self.new(matrix.shape[0], matrix.shape[1], matrix)
-        slot.view().copy_(matrix)
+    def keep(self, values: Tensor) -> Slot:
+        """A copy of ``values [n]``, as ``[n, 1]``."""
+        slot = self.new(values.shape[0], 1, values)
+        slot.block.narrow(0, slot.start, slot.n).copy_(values)
         return slot
 
 

@@ -90,12 +90,12 @@ class StepRows:
     def close(self) -> None:
         """Nothing more is taken in: hold on to no tensor, only to what the arena keeps."""
         matrices = self._matrices
-        if not matrices:
+        if not matrices or isinstance(self._ids, Slot):
             return
         self._widths = tuple(matrix.shape[1] for matrix in matrices)
         self._rows = self._arena.new(matrices[0].shape[0], sum(self._widths), _widest(matrices))
         torch.cat(matrices, 1, out=self._rows.view())
-        self._ids = self._arena.keep(self.ids[:, None])
+        self._ids = self._arena.keep(self._ids)
         self._matrices, self._last = [], None
 
     def total(self) -> float:
