@@ -47,12 +47,12 @@ def _orthonormal(columns: Tensor) -> Tensor:
 def _root(moment: Tensor, floor: float) -> Tensor:
     """A square root ``L`` with ``L L^T = moment + floor``; which one does not matter to the maps."""
     raised = moment + floor * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    root: Tensor
     root, failed = torch.linalg.cholesky_ex(raised)
-    if not failed:
-        return root
-    values, vectors = torch.linalg.eigh(moment)
-    eigenroot: Tensor = vectors * (values.clamp_min(0) + floor).sqrt()
-    return eigenroot
+    if failed:
+        values, vectors = torch.linalg.eigh(moment)
+        root = vectors * (values.clamp_min(0) + floor).sqrt()
+    return root
 
 
 def _coordinates(train: Tensor, query: Tensor, k: int, generator: torch.Generator) -> Tensor | None:
