@@ -7,6 +7,7 @@ per-example gradient of every step is kept, so only small networks without buffe
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ReferenceAdam", "ReferencePathKernel", "ReferenceSGD"]
+__all__ = [
+    "ReferenceAdagrad",
+    "ReferenceAdam",
+    "ReferenceAdamax",
+    "ReferenceNAdam",
+    "ReferencePathKernel",
+    "ReferenceRAdam",
+    "ReferenceRMSprop",
+    "ReferenceSGD",
+]
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 """``(output [K], target) -> scalar``: the loss of one example."""
@@ -95,6 +105,82 @@ class ReferenceAdam:
     def decoupled_decay(self) -> float:
         """Decay applied beside the update."""
         return self.weight_decay if self.decoupled else 0.0
+
+
+@dataclass(frozen=True)
+class ReferenceNAdam(ReferenceAdam):
+    """`torch.optim.NAdam`, update equations of its documentation."""
+
+    momentum_decay: float = 4e-3
+
+    def _momentum(self, step: int) -> float:
+        return self.betas[0] * (1.0 - 0.5 * math.pow(0.96, step * self.momentum_decay))
+
+    def linear_map(self, step: int) -> tuple[float, float, float, float]:
+        """Momentum of this step for the gradient, of the next for the buffer."""
+        now, product = self._momentum(step + 1), math.prod(self._momentum(t + 1) for t in range(step + 1))
+        following = self._momentum(step + 2)
+        beta = self.betas[0]
+        return beta, 1.0 - beta, following / (1.0 - product * following), (1.0 - now) / (1.0 - product)
+
+
+@dataclass(frozen=True)
+class ReferenceRAdam(ReferenceAdam):
+    """`torch.optim.RAdam`, update equations of its documentation."""
+
+    def preconditioner(self, gradients: Sequence[Tensor]) -> Tensor:
+        """1 while the length of the approximated average is at most 5, then rectified."""
+        beta, t = self.betas[1], len(gradients)
+        longest = 2.0 / (1.0 - beta) - 1.0
+        length = longest - 2.0 * t * beta**t / (1.0 - beta**t)
+        if length <= 5.0:
+            return torch.ones_like(gradients[0])
+        second = torch.zeros_like(gradients[0])
+        for gradient in gradients:
+            second = beta * second + (1.0 - beta) * gradient**2
+        adaptive = math.sqrt(1.0 - beta**t) / (second.sqrt() + self.eps)
+        over = (length - 4.0) * (length - 2.0) * longest
+        return math.sqrt(over / ((longest - 4.0) * (longest - 2.0) * length)) * adaptive
+
+
+@dataclass(frozen=True)
+class ReferenceAdamax(ReferenceAdam):
+    """`torch.optim.Adamax`, update equations of its documentation."""
+
+    def preconditioner(self, gradients: Sequence[Tensor]) -> Tensor:
+        """1 over the decaying maximum of the gradients' sizes."""
+        largest = torch.zeros_like(gradients[0])
+        for gradient in gradients:
+            largest = torch.maximum(self.betas[1] * largest, gradient.abs() + self.eps)
+        return 1.0 / largest
+
+
+@dataclass(frozen=True)
+class ReferenceAdagrad(ReferenceSGD):
+    """`torch.optim.Adagrad` without ``lr_decay``, update equations of its documentation."""
+
+    eps: float = 1e-10
+
+    def preconditioner(self, gradients: Sequence[Tensor]) -> Tensor:
+        """1 over the root of the sum of squares."""
+        return 1.0 / (torch.stack([g**2 for g in gradients]).sum(0).sqrt() + self.eps)
+
+
+@dataclass(frozen=True)
+class ReferenceRMSprop(ReferenceSGD):
+    """`torch.optim.RMSprop` without momentum, update equations of its documentation."""
+
+    alpha: float = 0.99
+    eps: float = 1e-8
+    centered: bool = False
+
+    def preconditioner(self, gradients: Sequence[Tensor]) -> Tensor:
+        """1 over the root of the decaying mean of squares, or of the variance."""
+        second, mean = torch.zeros_like(gradients[0]), torch.zeros_like(gradients[0])
+        for gradient in gradients:
+            second = self.alpha * second + (1.0 - self.alpha) * gradient**2
+            mean = self.alpha * mean + (1.0 - self.alpha) * gradient
+        return 1.0 / ((second - mean**2 if self.centered else second).sqrt() + self.eps)
 
 
 class ReferencePathKernel:

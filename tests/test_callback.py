@@ -240,7 +240,11 @@ def test_an_optimiser_without_a_rule(tmp_path: Path) -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.Rprop(self.parameters())
 
-    refused("No optimiser rule for Rprop. Supported: Adam, AdamW, SGD", tmp_path, Rprop())
+    refused(
+        "No optimiser rule for Rprop. Supported: Adagrad, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, SGD",
+        tmp_path,
+        Rprop(),
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -17,7 +17,16 @@ from lightning_pathkernel import KernelMachine, PathKernelCallback
 from lightning_pathkernel.capture import plan_capture
 from lightning_pathkernel.network import Network
 from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
-from lightning_pathkernel.reference import ReferenceAdam, ReferencePathKernel, ReferenceSGD
+from lightning_pathkernel.reference import (
+    ReferenceAdagrad,
+    ReferenceAdam,
+    ReferenceAdamax,
+    ReferenceNAdam,
+    ReferencePathKernel,
+    ReferenceRAdam,
+    ReferenceRMSprop,
+    ReferenceSGD,
+)
 from lightning_pathkernel.sketch import SketchSettings
 from tests.helpers import Classifier, digits, fit, recorded_step
 
@@ -51,15 +60,32 @@ CASES: dict[str, tuple[Any, dict, float | None]] = {
     "clipping": (torch.optim.SGD, {"lr": 0.2, "momentum": 0.8, "dampening": 0.2}, 0.4),
     "adam": (torch.optim.Adam, {"lr": 0.02, "weight_decay": 0.05}, None),
     "adamw": (torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.1, "amsgrad": True}, None),
+    "nadam": (torch.optim.NAdam, {"lr": 0.02, "weight_decay": 0.05, "momentum_decay": 0.05}, None),
+    "radam": (torch.optim.RAdam, {"lr": 0.02, "betas": (0.9, 0.7), "weight_decay": 0.05}, 0.4),
+    "adamax": (torch.optim.Adamax, {"lr": 0.02, "weight_decay": 0.05}, None),
+    "adagrad": (torch.optim.Adagrad, {"lr": 0.1, "weight_decay": 0.05}, None),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 0.02, "alpha": 0.8, "weight_decay": 0.05}, None),
+    "rmsprop, centred": (torch.optim.RMSprop, {"lr": 0.01, "alpha": 0.8, "eps": 1e-3, "centered": True}, 0.4),
+}
+COUPLED = {
+    torch.optim.Adam: ReferenceAdam,
+    torch.optim.NAdam: ReferenceNAdam,
+    torch.optim.RAdam: ReferenceRAdam,
+    torch.optim.Adamax: ReferenceAdamax,
+}
+PLAIN = {
+    torch.optim.SGD: ReferenceSGD,
+    torch.optim.Adagrad: ReferenceAdagrad,
+    torch.optim.RMSprop: ReferenceRMSprop,
 }
 
 
 def exact(name: str) -> ReferencePathKernel:
     kind, options, clip = CASES[name]
-    if kind is torch.optim.SGD:
-        spec: Any = ReferenceSGD(**options)
+    if kind is torch.optim.AdamW:
+        spec: Any = ReferenceAdam(**options)
     else:
-        spec = ReferenceAdam(decoupled=kind is torch.optim.AdamW, **options)
+        spec = COUPLED[kind](decoupled=False, **options) if kind in COUPLED else PLAIN[kind](**options)
     return ReferencePathKernel(network(), F.cross_entropy, batches(), spec, max_norm=clip, points=6)
 
 

@@ -1,4 +1,4 @@
-"""Rules for `torch.optim.Adam` and `torch.optim.AdamW`."""
+"""Rules for Adam and its kin, whose momentum is an exponential average of gradients."""
 
 from __future__ import annotations
 
@@ -10,16 +10,11 @@ from torch import Tensor
 
 from lightning_pathkernel.optim.rules import ParameterUpdate, register_optimizer_rule
 
-__all__ = ["AdamRule"]
+__all__ = ["AdamRule", "AdamaxRule", "NAdamRule", "RAdamRule"]
 
 
-@register_optimizer_rule(torch.optim.Adam, torch.optim.AdamW)
-class AdamRule:
-    """Adam (Kingma and Ba 2015) and AdamW (Loshchilov and Hutter 2019), with amsgrad and maximize.
-
-    ``b <- beta1 b + (1 - beta1) h``, ``m = b / (1 - beta1^t)``, ``D = 1 / (sqrt(v / (1 - beta2^t)) + eps)``, with the
-    largest ``v`` so far under amsgrad. Decay is coupled in Adam, and beside the update in AdamW.
-    """
+class _Averaging:
+    """``b <- beta1 b + (1 - beta1) h``; decay is coupled, or beside the update where the group says so."""
 
     diagonal = True
 
@@ -28,30 +23,92 @@ class AdamRule:
 
     def update(self, group: Mapping[str, Any], state: Mapping[str, Any], first: bool) -> ParameterUpdate:
         """The scalars of the latest step."""
-        beta1 = float(group["betas"][0])
-        rate, decay = float(group["lr"]), float(group["weight_decay"])
+        beta1, rate, decay = float(group["betas"][0]), float(group["lr"]), float(group["weight_decay"])
+        from_buffer, from_gradient = self._weights(group, state)
         decoupled = bool(group.get("decoupled_weight_decay", False))
         return ParameterUpdate(
             rate=rate,
             keep=beta1,
             inject=1.0 - beta1,
-            from_buffer=1.0 / (1.0 - beta1 ** float(state["step"])),
-            from_gradient=0.0,
+            from_buffer=from_buffer,
+            from_gradient=from_gradient,
             sign=-1.0 if group["maximize"] else 1.0,
             coupled_decay=0.0 if decoupled else decay,
             decay_rate=rate * decay if decoupled else 0.0,
         )
+
+    def _weights(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[float, float]:
+        """``from_buffer`` and ``from_gradient``."""
+        return 1.0 / (1.0 - float(group["betas"][0]) ** float(state["step"])), 0.0
 
     def buffer(self, state: Mapping[str, Any]) -> Tensor | None:
         """``exp_avg``."""
         buffer: Tensor = state["exp_avg"]
         return buffer
 
+    def moved(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor:
+        """Where ``exp_avg`` is not 0."""
+        found: Tensor = state["exp_avg"] != 0
+        return found
+
     def denominators(self, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-        """``sqrt(v_hat) + eps``."""
-        second = [state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"] for state in states]
-        correction = 1.0 - float(group["betas"][1]) ** float(states[0]["step"])
-        out = torch._foreach_div(second, correction)
+        """``sqrt(v / (1 - beta2^t)) + eps``."""
+        second = [state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"] for state in states]
+        out = torch._foreach_div(second, 1.0 - float(group["betas"][1]) ** float(states[0]["step"]))
         torch._foreach_sqrt_(out)
         torch._foreach_add_(out, float(group["eps"]))
         return list(out)
+
+
+@register_optimizer_rule(torch.optim.Adam, torch.optim.AdamW)
+class AdamRule(_Averaging):
+    """Adam (Kingma and Ba 2015) and AdamW (Loshchilov and Hutter 2019), with amsgrad and maximize.
+
+    ``m = b / (1 - beta1^t)``, ``D = 1 / (sqrt(v / (1 - beta2^t)) + eps)``, with the largest ``v`` so far under amsgrad.
+    """
+
+
+@register_optimizer_rule(torch.optim.NAdam)
+class NAdamRule(_Averaging):
+    """NAdam (Dozat 2016): Adam's D, and ``m = mu' b / (1 - mu' M) + (1 - mu) h / (1 - M)``.
+
+    mu is the momentum of this step, mu' of the next, M the product of all so far.
+    """
+
+    def _weights(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[float, float]:
+        step, product = float(state["step"]), float(state["mu_product"])
+        mu, following = (
+            float(group["betas"][0]) * (1.0 - 0.5 * 0.96 ** (t * float(group["momentum_decay"])))
+            for t in (step, step + 1.0)
+        )
+        return following / (1.0 - product * following), (1.0 - mu) / (1.0 - product)
+
+
+@register_optimizer_rule(torch.optim.RAdam)
+class RAdamRule(_Averaging):
+    """RAdam (Liu et al. 2020): ``m`` as Adam's, ``D = r sqrt(1 - beta2^t) / (sqrt(v) + eps)``.
+
+    In the first steps, while the variance of the adaptive rate is not tractable, D is 1.
+    """
+
+    def denominators(self, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+        """``(sqrt(v) + eps) / (r sqrt(1 - beta2^t))``, or 1."""
+        beta2, step = float(group["betas"][1]), float(states[0]["step"])
+        correction, longest = 1.0 - beta2**step, 2.0 / (1.0 - beta2) - 1.0
+        length = longest - 2.0 * step * beta2**step / correction
+        if length <= 5.0:
+            return [torch.ones_like(state["exp_avg"]) for state in states]
+        square = (length - 4.0) * (length - 2.0) * longest / ((longest - 4.0) * (longest - 2.0) * length)
+        out = torch._foreach_sqrt([state["exp_avg_sq"] for state in states])
+        torch._foreach_add_(out, float(group["eps"]))
+        torch._foreach_div_(out, (square * correction) ** 0.5)
+        return list(out)
+
+
+@register_optimizer_rule(torch.optim.Adamax)
+class AdamaxRule(_Averaging):
+    """Adamax (Kingma and Ba 2015, algorithm 2): ``D = 1 / u``, u the decaying maximum of ``|h| + eps``."""
+
+    def denominators(self, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+        """``u``."""
+        return [state["exp_inf"].clone() for state in states]

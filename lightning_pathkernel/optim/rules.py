@@ -63,6 +63,10 @@ class OptimizerRule(Protocol):
         """The momentum buffer ``b`` after the step, if there is one."""
         ...
 
+    def moved(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor:
+        """Which weights have moved so far, as a mask; D means nothing elsewhere. For diagonal optimisers only."""
+        ...
+
     def denominators(self, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> list[Tensor]:
         """``1 / D`` of the latest step of parameters with equal scalars, new tensors; for diagonal optimisers only."""
         ...

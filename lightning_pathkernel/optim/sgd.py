@@ -46,6 +46,14 @@ class SGDRule:
         buffer: Tensor | None = state.get("momentum_buffer")
         return buffer
 
+    def moved(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor:
+        """Not asked for, as there is no preconditioner.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError("SGD has no preconditioner")
+
     def denominators(self, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> list[Tensor]:
         """There are none.
 

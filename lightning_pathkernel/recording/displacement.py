@@ -82,26 +82,42 @@ class ChordDisplacement:
         self,
         names: Sequence[str],
         update: ParameterUpdate,
-        directions: list[Tensor],
+        buffers: list[Tensor],
+        gradients: list[Tensor],
         denominators: list[Tensor],
     ) -> None:
-        """Take in one step of parameters with a preconditioner ``D = 1 / denominator``.
+        """Take in one step of parameters with a preconditioner ``D = 1 / denominator``; `remember` came before decay.
 
         Args:
             names: The parameters.
             update: Their scalars.
-            directions: ``m``, or ``m / from_buffer`` where the optimiser keeps it in a buffer; not changed.
+            buffers: Their momentum buffers; empty for an optimiser without.
+            gradients: What the optimiser received.
             denominators: Overwritten.
         """
-        scale = update.from_buffer or update.from_gradient
+        directions, scale = buffers, update.from_buffer
+        if update.from_gradient:
+            directions, scale = self._combined(names, update, buffers, gradients), 1.0
         torch._foreach_add_(_sums(self._moved, names, directions), directions, alpha=update.rate * scale)
         torch._foreach_maximum_(_sums(self._largest, names, directions), denominators)
         torch._foreach_reciprocal_(denominators)
-        # a coordinate that has not moved yet has a D that means nothing: it must not bound the secant
+        # a coordinate that does not move in this step has a D that may mean nothing: it must not bound the secant
         moving = torch._foreach_sign(directions)
         torch._foreach_abs_(moving)
         torch._foreach_mul_(denominators, moving)
         torch._foreach_maximum_(_sums(self._upper, names, directions), denominators)
+
+    def _combined(
+        self, names: Sequence[str], update: ParameterUpdate, buffers: list[Tensor], gradients: list[Tensor]
+    ) -> list[Tensor]:
+        """``from_buffer b + from_gradient (sign g + coupled_decay w)``."""
+        out = torch._foreach_mul(gradients, update.from_gradient * update.sign)
+        if update.coupled_decay:
+            before = [self._before[name] for name in names]
+            torch._foreach_add_(out, before, alpha=update.from_gradient * update.coupled_decay)
+        if update.from_buffer:
+            torch._foreach_add_(out, buffers, alpha=update.from_buffer)
+        return list(out)
 
     def parts(self, end: Tensors) -> DisplacementParts:
         """The parts of the displacement from the start to ``end``; may be asked before the chord closes."""

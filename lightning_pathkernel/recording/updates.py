@@ -62,10 +62,10 @@ class OptimizerUpdates:
                     displacement.step_decay(names, update)
                 if self.rule.diagonal:
                     states = [self.optimizer.state[self._parameters[name]] for name in names]
-                    directions = [self.rule.buffer(state) for state in states]
+                    buffers = [b for state in states if (b := self.rule.buffer(state)) is not None]
+                    gradients = [g for name in names if (g := self._parameters[name].grad) is not None]
                     denominators = self.rule.denominators(group, states)
-                    known = [d for d in directions if d is not None]
-                    displacement.step_preconditioned(names, update, known, denominators)
+                    displacement.step_preconditioned(names, update, buffers, gradients, denominators)
                 moved.setdefault(update, []).extend(names)
         displacement.learning_time += float(self.optimizer.param_groups[0]["lr"])
         return moved
@@ -99,8 +99,7 @@ class OptimizerUpdates:
             for names in self._buckets(group, step).values():
                 states = [self.optimizer.state[self._parameters[name]] for name in names]
                 for name, state, found in zip(names, states, self.rule.denominators(group, states), strict=True):
-                    buffer = self.rule.buffer(state)
-                    out[name] = found.reciprocal() if buffer is None else found.reciprocal() * (buffer != 0)
+                    out[name] = found.reciprocal() * self.rule.moved(group, state)
         return out
 
     def direction(self) -> dict[str, Tensor]:

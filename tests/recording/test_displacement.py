@@ -96,11 +96,16 @@ class Run:
                 self.displacement.step_decay(names, update)
             if self.rule.diagonal:
                 states = [self.optimizer.state[self.parameters[name]] for name in names]
-                directions = [state["exp_avg"] for state in states]
+                buffers = [state["exp_avg"] for state in states if "exp_avg" in state]
                 denominators = self.rule.denominators(group, states)
-                for name, m, d in zip(names, directions, denominators, strict=True):
+                gradients = [self.gradients[-1][name] for name in names]
+                for name, d in zip(names, denominators, strict=True):
+                    pulled = update.sign * self.gradients[-1][name] + update.coupled_decay * before[name]
+                    m = update.from_gradient * pulled
+                    if buffers:
+                        m += update.from_buffer * self.optimizer.state[self.parameters[name]]["exp_avg"]
                     chord.secants[name].append(torch.where(m == 0, torch.nan, 1 / d))
-                self.displacement.step_preconditioned(names, update, directions, denominators)
+                self.displacement.step_preconditioned(names, update, buffers, gradients, denominators)
             for name in names:
                 self._literally(chord, name, update, before[name])
         self.visits.step(buckets)
@@ -156,6 +161,15 @@ ADAM = {
     "adamw": adam(),
     "adamw, strong decay": adam(weight_decay=2.0),
     "adamw, amsgrad": adam(amsgrad=True, betas=(0.8, 0.9)),
+    "nadam": adam(torch.optim.NAdam),
+    "nadam, decay": adam(torch.optim.NAdam, weight_decay=0.3, decoupled_weight_decay=True),
+    "nadam, coupled decay": adam(torch.optim.NAdam, weight_decay=0.3),
+    "radam": adam(torch.optim.RAdam, betas=(0.9, 0.8)),
+    "adamax": adam(torch.optim.Adamax),
+    "adagrad": adam(torch.optim.Adagrad, lr_decay=0.1),
+    "adagrad, coupled decay": adam(torch.optim.Adagrad, weight_decay=0.1),
+    "rmsprop": adam(torch.optim.RMSprop, alpha=0.8),
+    "rmsprop, centred": adam(torch.optim.RMSprop, alpha=0.8, centered=True),
     "adam, maximize": adam(torch.optim.Adam, maximize=True, weight_decay=0.1),
 }
 
@@ -180,7 +194,7 @@ def test_sgd_is_attributed_plus_decay(name: str, moves: float) -> None:
 @pytest.mark.parametrize("name", ADAM)
 def test_adam_is_attributed_plus_decay_plus_residual(name: str, moves: float) -> None:
     run, unclipped = Run(ADAM[name], moves), 0
-    for steps in (6, 2, 9):
+    for steps in (6, 2, 9, 9, 9, 9):
         chord = run.chord(steps)
         parts = chord.parts
         for p in SHAPES:
