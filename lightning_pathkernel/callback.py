@@ -10,7 +10,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -27,7 +26,13 @@ from lightning_pathkernel.probe_batch import collect_probes
 from lightning_pathkernel.probes import ProbeTracker
 from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
 from lightning_pathkernel.sketch import SKETCHES, SketchSettings
-from lightning_pathkernel.trainer_checks import FitError, check_trainer, output_directory, training_nodes
+from lightning_pathkernel.trainer_checks import (
+    FitError,
+    check_trainer,
+    clips_by_itself,
+    output_directory,
+    training_nodes,
+)
 
 __all__ = ["PathKernelCallback"]
 
@@ -167,7 +172,7 @@ class PathKernelCallback(pl.Callback):
         open_recording(self.recording_dir, pl_module, self._facts(pl_module, optimizer, schedule))
         if probes is not None:
             self._tracker = ProbeTracker(network, probes, gauss_legendre(4), self.seed)
-        clipping = bool(trainer.gradient_clip_val) or is_overridden("configure_gradient_clipping", pl_module)
+        clipping = bool(trainer.gradient_clip_val) or clips_by_itself(pl_module)
         settings = RecorderSettings(schedule, self.sketch_dim, SketchSettings(self.sketch), self.seed, clipping)
         self._recorder = PathRecorder(network, optimizer, settings, probes, self._on_chord)
         self._recorder.capture.attach()

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_pathkernel.path import node_schedule
 
-__all__ = ["FitError", "check_trainer", "output_directory", "training_nodes"]
+__all__ = ["FitError", "check_trainer", "clips_by_itself", "output_directory", "training_nodes"]
 
 
 class FitError(ValueError):
@@ -40,6 +40,19 @@ def check_trainer(trainer: Any) -> None:
             "PathKernelCallback does not support gradient_clip_algorithm='value': clip by norm, which scales all "
             "gradients alike."
         )
+
+
+def clips_by_itself(pl_module: Any) -> bool:
+    """Whether a LightningModule, of whichever namespace, has a gradient clipping of its own.
+
+    Args:
+        pl_module: The module.
+
+    Returns:
+        Whether ``configure_gradient_clipping`` is not Lightning's.
+    """
+    owner = str(pl_module.configure_gradient_clipping.__module__)
+    return not owner.startswith(("pytorch_lightning.", "lightning.pytorch."))
 
 
 def training_nodes(trainer: Any, nodes: int) -> list[int]:
