@@ -17,7 +17,7 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
 from lightning_pathkernel import KernelMachine, KernelMachineExporter, PathKernelCallback, verify
 from lightning_pathkernel.capture import CaptureError
@@ -63,6 +63,11 @@ LOOPS = {
     "several validations": {"module": {"optimizer": "adamw"}, "val_check_interval": 4},
     "batch norm": {"module": {"net": "cnn"}},
     "dropout": {"module": {"net": "dropout", "momentum": 0.9}},
+    "anomaly detection": {"module": {}, "detect_anomaly": True},
+    "loaders reloaded": {"module": {"momentum": 0.9}, "reload_dataloaders_every_n_epochs": 1},
+    "few batches": {"module": {}, "limit_train_batches": 0.4, "max_epochs": 4},
+    "max_steps, truncated": {"module": {"optimizer": "adamw"}, "max_steps": 13, "accumulate_grad_batches": 2},
+    "overfitting": {"module": {}, "overfit_batches": 3, "max_epochs": 5},
 }
 NETS = {
     "cnn": small_cnn,
@@ -79,6 +84,7 @@ def make(options: dict) -> Classifier:
     return Classifier(net=NETS[net]() if net else None, **options)
 
 
+@pytest.mark.filterwarnings("ignore:You requested to overfit but enabled train dataloader shuffling")
 @pytest.mark.parametrize("name", LOOPS)
 def test_training_is_bit_identical_with_and_without(name: str, tmp_path: Path) -> None:
     options = dict(LOOPS[name])
@@ -102,6 +108,7 @@ def test_training_is_bit_identical_with_and_without(name: str, tmp_path: Path) -
     assert not any(m._forward_hooks for m in watched.modules())
 
 
+@pytest.mark.filterwarnings("ignore:You requested to overfit but enabled train dataloader shuffling")
 @pytest.mark.parametrize("name", LOOPS)
 def test_the_machine_stands_for_the_network(name: str, tmp_path: Path) -> None:
     options = dict(LOOPS[name])
@@ -121,6 +128,40 @@ def test_the_machine_stands_for_the_network(name: str, tmp_path: Path) -> None:
     scale = outputs.abs().max()
     assert (sum(why.ledger.values()) - outputs.max(1).values).abs().max() < 1e-4 * scale
     verify(path_kernel.machine_dir)
+
+
+def reproduced(module: pl.LightningModule, path_kernel: PathKernelCallback) -> KernelMachine:
+    """The exported machine, once it is shown to stand for the network."""
+    machine = KernelMachine.load(path_kernel.machine_dir, module)
+    assert machine.fidelity(DataLoader(digits()[1], 50))["fidelity"] > 0.97
+    return machine
+
+
+def test_a_fit_that_stops_in_mid_epoch_is_recorded_up_to_there(tmp_path: Path) -> None:
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            trainer.should_stop = trainer.global_step == 9
+
+    module, path_kernel = Classifier(), callback(tmp_path)
+    trainer = fit(module, [path_kernel, Stop()], tmp_path)
+    assert trainer.global_step == 9 < trainer.num_training_batches
+    machine = reproduced(module, path_kernel)
+    assert machine.chords[-1].last_step == 9
+
+
+def test_an_example_drawn_twice_in_a_batch_counts_twice(tmp_path: Path) -> None:
+    """Its contribution is the sum of both visits', under its one id."""
+    training = digits()[0]
+    weights = torch.ones(len(training))
+    weights[:5] = 40.0
+    sampler = WeightedRandomSampler(weights.tolist(), 400, replacement=True)
+    module, path_kernel = Classifier(), callback(tmp_path, sketch_dim=512)
+    fit(module, [path_kernel], tmp_path, loader=DataLoader(training, 32, sampler=sampler))
+    machine = reproduced(module, path_kernel)
+    ids = machine.example_ids
+    assert len(ids.unique()) == len(ids) < 400
+    sizes = machine.contributions(digits()[1].tensors[0][:20], digits()[1].tensors[1][:20]).abs().sum(0)
+    assert sizes[ids < 5].mean() > 4 * sizes[ids >= 5].mean()
 
 
 def test_ids_are_the_datasets_own(tmp_path: Path) -> None:
