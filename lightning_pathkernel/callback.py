@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -36,8 +37,18 @@ from lightning_pathkernel.trainer_checks import (
 
 __all__ = ["PathKernelCallback"]
 
+if not TYPE_CHECKING and find_spec("lightning") is not None:
+    # both names of Lightning may be installed, and LightningCLI asks for a Callback of its own
+    import lightning.pytorch
 
-class PathKernelCallback(pl.Callback):
+    class _Callback(pl.Callback, lightning.pytorch.Callback):
+        pass
+
+else:
+    _Callback = pl.Callback
+
+
+class PathKernelCallback(_Callback):
     """Record the path kernel of a fit, log how faithful the kernel machine is, and export it.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,36 @@ def test_a_clipping_of_the_modules_own_is_recorded_exactly(namespace: str, tmp_p
     kind = classifier(namespace, configure_gradient_clipping=clip)
     _, trainer = fitted(namespace, tmp_path, [recorder], kind, enable_checkpointing=False)
     assert float(trainer.callback_metrics["pathkernel/fidelity"]) > 0.98
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # LightningCLI's own
+@pytest.mark.parametrize("form", ["arguments", "yaml"])
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_lightning_cli_takes_the_callback(
+    namespace: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lightning, cli = importlib.import_module(namespace), importlib.import_module(f"{namespace}.cli")
+
+    class Data(lightning.LightningDataModule):
+        def train_dataloader(self) -> DataLoader:
+            return DataLoader(digits()[0], 32, shuffle=True)
+
+        def val_dataloader(self) -> DataLoader:
+            return DataLoader(digits()[1], 50)
+
+    common = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    common |= {"enable_progress_bar": False, "enable_model_summary": False}
+    init = {"dirpath": str(tmp_path / "run"), "nodes": 4, "probes": 50, "sketch": "deflated"}
+    name = "lightning_pathkernel.PathKernelCallback"
+    if form == "yaml":
+        config = {"trainer": {**common, "callbacks": [{"class_path": name, "init_args": init}]}}
+        (tmp_path / "config.yaml").write_text(json.dumps(config))
+        args = [f"--config={tmp_path / 'config.yaml'}"]
+    else:
+        args = [f"--trainer.{key}={str(value).lower()}" for key, value in common.items()]
+        args += [f"--trainer.callbacks+={name}", *(f"--trainer.callbacks.{k}={v}" for k, v in init.items())]
+    monkeypatch.setattr("sys.argv", ["train.py", "fit", *args])
+    run = cli.LightningCLI(classifier(namespace), Data, save_config_callback=None)
+    machine = KernelMachine.load(tmp_path / "run" / "machine", run.model)
+    assert len(machine.chords) == 4
+    assert isinstance(PathKernelCallback(), lightning.Callback)
