@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.networks import NETWORKS
 from benchmarks.step_time import OPTIMIZERS
 from lightning_pathkernel import PathKernelCallback
+from lightning_pathkernel.path import node_schedule
 
 
 class _Timed(pl.LightningModule):
@@ -61,7 +62,7 @@ def _steps(network: str, optimizer: str, recorded: bool, sketch_dim: int, steps:
         )  # fmt: skip
         trainer.fit(module, DataLoader(data, len(x), shuffle=True))
     gaps = [b - a for a, b in zip(module.starts, module.starts[1:], strict=False)]
-    node = steps // 2
+    node = node_schedule(steps, 2)[1]
     return [gap for i, gap in enumerate(gaps) if i > 20 and abs(i - node) > 10]
 
 

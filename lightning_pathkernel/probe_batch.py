@@ -55,7 +55,7 @@ def _random_states_kept(private: object) -> Iterator[None]:
     own = private if isinstance(private, torch.Generator) else None
     python, numpy, state = random.getstate(), np.random.get_state(), own.get_state() if own is not None else None
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             yield
     finally:
         random.setstate(python)

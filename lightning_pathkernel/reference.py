@@ -107,6 +107,13 @@ class ReferenceAdam:
         return self.weight_decay if self.decoupled else 0.0
 
 
+def _decaying_mean(values: Sequence[Tensor], keep: float) -> Tensor:
+    mean = torch.zeros_like(values[0])
+    for value in values:
+        mean = keep * mean + (1.0 - keep) * value
+    return mean
+
+
 @dataclass(frozen=True)
 class ReferenceNAdam(ReferenceAdam):
     """`torch.optim.NAdam`, update equations of its documentation."""
@@ -135,9 +142,7 @@ class ReferenceRAdam(ReferenceAdam):
         length = longest - 2.0 * t * beta**t / (1.0 - beta**t)
         if length <= 5.0:
             return torch.ones_like(gradients[0])
-        second = torch.zeros_like(gradients[0])
-        for gradient in gradients:
-            second = beta * second + (1.0 - beta) * gradient**2
+        second = _decaying_mean([g**2 for g in gradients], beta)
         adaptive = math.sqrt(1.0 - beta**t) / (second.sqrt() + self.eps)
         over = (length - 4.0) * (length - 2.0) * longest
         return math.sqrt(over / ((longest - 4.0) * (longest - 2.0) * length)) * adaptive
@@ -176,10 +181,7 @@ class ReferenceRMSprop(ReferenceSGD):
 
     def preconditioner(self, gradients: Sequence[Tensor]) -> Tensor:
         """1 over the root of the decaying mean of squares, or of the variance."""
-        second, mean = torch.zeros_like(gradients[0]), torch.zeros_like(gradients[0])
-        for gradient in gradients:
-            second = self.alpha * second + (1.0 - self.alpha) * gradient**2
-            mean = self.alpha * mean + (1.0 - self.alpha) * gradient
+        second, mean = _decaying_mean([g**2 for g in gradients], self.alpha), _decaying_mean(gradients, self.alpha)
         return 1.0 / ((second - mean**2 if self.centered else second).sqrt() + self.eps)
 
 

@@ -58,12 +58,12 @@ def small_cnn() -> nn.Module:
 
 def fit(
     module: pl.LightningModule, callbacks: list[pl.Callback], root: Path, workers: int = 0, batch_size: int = 32,
-    validate: bool = True, loader: Any = None, **options: Any,
+    validate: bool = True, loader: Any = None, lightning: Any = pl, **options: Any,
 ) -> pl.Trainer:  # fmt: skip
-    """Fit on digits, seeded, without files but the callback's."""
+    """Fit on digits, seeded, without files but the callback's, by a Trainer of this or another name of Lightning."""
     training, validation = digits()
-    pl.seed_everything(7, verbose=False)
-    trainer = pl.Trainer(
+    lightning.seed_everything(7, verbose=False)
+    trainer: pl.Trainer = lightning.Trainer(
         **{
             "max_epochs": 2, "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
             "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": root, **options,

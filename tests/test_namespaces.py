@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_pathkernel import KernelMachine, PathKernelCallback
-from tests.helpers import digits, small_cnn
+from tests.helpers import digits, fit, small_cnn
 
 NAMESPACES = ["pytorch_lightning", "lightning.pytorch"]
 
@@ -38,16 +38,9 @@ def classifier(namespace: str, **methods: Any) -> Any:
 
 
 def fitted(namespace: str, tmp_path: Path, callbacks: list[Any], kind: Any = None, **options: Any) -> tuple[Any, Any]:
-    lightning = importlib.import_module(namespace)
-    lightning.seed_everything(3, verbose=False)
-    training, validation = digits()
+    torch.manual_seed(3)
     module = (kind or classifier(namespace))()
-    trainer = lightning.Trainer(
-        max_epochs=2, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, callbacks=callbacks,
-        enable_model_summary=False, default_root_dir=tmp_path, **options,
-    )  # fmt: skip
-    trainer.fit(module, DataLoader(training, 32, shuffle=True), DataLoader(validation, 50))
-    return module, trainer
+    return module, fit(module, callbacks, tmp_path, lightning=importlib.import_module(namespace), **options)
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
@@ -58,8 +51,8 @@ def test_a_fit_is_recorded_monitored_and_left_as_it_is(namespace: str, tmp_path:
         callbacks.ModelCheckpoint(tmp_path / "checkpoints", monitor="pathkernel/fidelity", mode="max"),
     ]
     recorder = PathKernelCallback(str(tmp_path / "run"), nodes=6, probes=100)
-    module, trainer = fitted(namespace, tmp_path, [recorder, *monitors])
-    plain, _ = fitted(namespace, tmp_path, [], enable_checkpointing=False)
+    module, trainer = fitted(namespace, tmp_path, [recorder, *monitors], enable_checkpointing=True)
+    plain, _ = fitted(namespace, tmp_path, [])
     for (name, a), b in zip(module.state_dict().items(), plain.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     logged = float(trainer.callback_metrics["pathkernel/fidelity"])
@@ -79,7 +72,7 @@ def test_a_clipping_of_the_modules_own_is_recorded_exactly(namespace: str, tmp_p
 
     recorder = PathKernelCallback(str(tmp_path / "run"), nodes=6, probes=100)
     kind = classifier(namespace, configure_gradient_clipping=clip)
-    _, trainer = fitted(namespace, tmp_path, [recorder], kind, enable_checkpointing=False)
+    _, trainer = fitted(namespace, tmp_path, [recorder], kind)
     assert float(trainer.callback_metrics["pathkernel/fidelity"]) > 0.98
 
 

@@ -8,14 +8,8 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_pathkernel.capture.gradients import (
-    ConvBiasGradient,
-    ConvGradient,
-    DenseGradient,
-    PerExampleGradient,
-    VectorGradient,
-    grouped_conv_gradient,
-)
+from lightning_pathkernel.capture.conv_gradients import ConvBiasGradient, ConvGradient, grouped_conv_gradient
+from lightning_pathkernel.capture.gradients import DenseGradient, PerExampleGradient, VectorGradient
 from lightning_pathkernel.capture.rules import LayerCall, register_layer_rule
 from lightning_pathkernel.capture.windows import ConvGeometry, WindowScratch
 
@@ -50,8 +44,11 @@ def conv_rule(layer: nn.Module, call: LayerCall) -> dict[str, PerExampleGradient
     grads = call.grad_output
     geometry = ConvGeometry(conv.kernel_size, conv.stride, padding, conv.dilation, tuple(grads.shape[2:]))
     if conv.groups != 1:
-        weight = DenseGradient(grouped_conv_gradient(inputs, grads, geometry, conv.groups))
-        return {"weight": weight, "bias": VectorGradient(grads.flatten(2).sum(2))}
+        out: dict[str, PerExampleGradient] = {}
+        out["weight"] = DenseGradient(grouped_conv_gradient(inputs, grads, geometry, conv.groups))
+        if conv.bias is not None:
+            out["bias"] = VectorGradient(grads.flatten(2).sum(2))
+        return out
     if layer not in _SCRATCH:
         _SCRATCH[layer] = WindowScratch()
     shared = ConvGradient(inputs, grads, geometry, _SCRATCH[layer])

@@ -16,17 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_pathkernel.capture.windows import ConvGeometry, WindowScratch
-
 __all__ = [
-    "ConvBiasGradient",
-    "ConvGradient",
     "DenseGradient",
     "FactoredGradient",
     "IndexedGradient",
     "OuterGradient",
     "PerExampleGradient",
     "VectorGradient",
+    "dense_moments",
     "matrix_shape",
 ]
 
@@ -74,7 +71,8 @@ def _thin(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else F.linear(x, factor)
 
 
-def _dense_moments(gradients: Tensor) -> tuple[Tensor, Tensor]:
+def dense_moments(gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """The samples of `PerExampleGradient.moments`, of gradients formed whole, ``[n, r, c]``."""
     rows = gradients.transpose(1, 2).reshape(-1, gradients.shape[1])
     return rows, gradients.reshape(-1, gradients.shape[2])
 
@@ -108,7 +106,7 @@ class DenseGradient:
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Row samples ``[n * c, r]`` and column samples ``[n * r, c]``."""
-        return _dense_moments(self.gradients)
+        return dense_moments(self.gradients)
 
     def head(self, count: int) -> DenseGradient:
         """The first ``count`` examples."""
@@ -219,7 +217,7 @@ class FactoredGradient:
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Samples of the formed gradients."""
-        return _dense_moments(self.dense())
+        return dense_moments(self.dense())
 
     def head(self, count: int) -> FactoredGradient:
         """The first ``count`` examples."""
@@ -261,93 +259,11 @@ class IndexedGradient:
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Samples of the formed gradients."""
-        return _dense_moments(self.dense())
+        return dense_moments(self.dense())
 
     def head(self, count: int) -> IndexedGradient:
         """The first ``count`` examples."""
         return IndexedGradient(self.indices[:count], self.right[:count], self.rows)
-
-
-@dataclass(slots=True)
-class ConvGradient:
-    """Gradient of an ungrouped convolution's weight: ``inputs [n, c_in, *]``, ``grad_outputs [n, c_out, *]``.
-
-    The column factor acts as a convolution with ``k`` output channels: where there is one, no window is unfolded.
-    """
-
-    inputs: Tensor
-    grad_outputs: Tensor
-    geometry: ConvGeometry
-    scratch: WindowScratch
-    _sums: Tensor | None = None
-
-    @property
-    def n(self) -> int:
-        """Number of examples."""
-        return int(self.inputs.shape[0])
-
-    def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
-        """A thin convolution of the inputs, contracted with the output gradients, ``[n, k_left, k_right]``."""
-        # columns first: the product over positions is the large one, and this order of it the fast one
-        grads = self.grad_outputs.flatten(2).transpose(1, 2)
-        if right is not None:
-            out = self.geometry.convolve(self.inputs, right).flatten(2) @ grads
-        else:
-            unfolded = self.scratch.unfold(self.inputs, self.geometry)
-            if unfolded is None:
-                out = self.geometry.unfold(self.inputs) @ grads
-            else:
-                both = unfolded @ grads
-                out, self._sums = both[:, :-1], both[:, -1]
-        return (out if left is None else out @ left.T).transpose(1, 2)
-
-    def sums(self) -> Tensor:
-        """Output gradients summed over positions, ``[n, c_out]``; already there if the windows were written out."""
-        if self._sums is None:
-            self._sums = self.grad_outputs.flatten(2).sum(2)
-        return self._sums
-
-    def factors(self) -> None:
-        """Not of rank one."""
-
-    def dense(self) -> Tensor:
-        """``[n, r, c]``."""
-        return self.project(None, None)
-
-    def total(self) -> Tensor:
-        """``[r, c]``."""
-        return self.dense().sum(0)
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Samples of the formed gradients: a convolution has few weights."""
-        return _dense_moments(self.dense())
-
-    def head(self, count: int) -> ConvGradient:
-        """The first ``count`` examples."""
-        return ConvGradient(self.inputs[:count], self.grad_outputs[:count], self.geometry, WindowScratch())
-
-
-class ConvBiasGradient(VectorGradient):
-    """A convolution's bias: read after its weight, it costs nothing where the weight's windows were written out."""
-
-    __slots__ = ("_weight",)
-
-    def __init__(self, weight: ConvGradient) -> None:
-        self._weight = weight
-
-    @property
-    def values(self) -> Tensor:  # type: ignore[override]
-        """``[n, c_out]``."""
-        return self._weight.sums()
-
-
-def grouped_conv_gradient(inputs: Tensor, grad_outputs: Tensor, geometry: ConvGeometry, groups: int) -> Tensor:
-    """Per-example weight gradients of a grouped convolution, ``[n, c_out, c_in / groups * window]``."""
-    n, c_out = grad_outputs.shape[:2]
-    windows = geometry.unfold(inputs)
-    windows = windows.reshape(n, groups, windows.shape[1] // groups, -1)
-    grads = grad_outputs.flatten(2).reshape(n, groups, c_out // groups, -1)
-    return (grads @ windows.transpose(2, 3)).reshape(n, c_out, -1)
 
 
 def zero_where(mask: Tensor, values: Tensor) -> Tensor:

@@ -90,12 +90,12 @@ class StepRows:
     def close(self) -> None:
         """Nothing more is taken in: hold on to no tensor, only to what the arena keeps."""
         matrices = self._matrices
-        if not matrices or isinstance(self._ids, Slot):
+        if not matrices:
             return
         self._widths = tuple(matrix.shape[1] for matrix in matrices)
         self._rows = self._arena.new(matrices[0].shape[0], sum(self._widths), _widest(matrices))
         torch.cat(matrices, 1, out=self._rows.view())
-        self._ids = self._arena.keep(self._ids)
+        self._ids = self._arena.keep(self.ids)
         self._matrices, self._last = [], None
 
     def total(self) -> float:
@@ -111,8 +111,10 @@ class StepRows:
         for name, use in self._uses:
             part = _outer([matrices[at] for at in use])
             found[name] = found[name] + part if name in found else part
-        zeros = {name: rows.new_zeros(len(rows), s.features) for name, s in sketches.items() if name not in found}
-        out = torch.cat([zeros[name] if name in zeros else found[name] for name in sketches], dim=1)
+        columns = [
+            found[name] if name in found else rows.new_zeros(len(rows), s.features) for name, s in sketches.items()
+        ]
+        out = torch.cat(columns, dim=1)
         return out if self.coefficient == 1.0 else out * self.coefficient
 
 
