@@ -35,13 +35,17 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tens
         rec.begin_batch(torch.arange(len(x)))
     optimizer.zero_grad()
     logits = model(x)
-    nn.functional.cross_entropy(logits.flatten(0, -2), y.flatten()).backward()
+    loss = nn.functional.cross_entropy(logits.flatten(0, -2), y.flatten())
     if rec is not None:
-        rec.end_batch()
+        rec.before_backward()
+    loss.backward()
+    if rec is not None:
+        rec.after_backward()
         rec.before_step()
     optimizer.step()
     if rec is not None:
         rec.after_step()
+        rec.end_batch()
     return time.perf_counter() - start
 
 
@@ -54,7 +58,7 @@ def measure(network: str, optimizer: str, steps: int, sketch_dim: int) -> dict[s
         opt = OPTIMIZERS[optimizer](model.parameters())
         rec = None
         if recorded:
-            settings = RecorderSettings([0, 10, steps + 100], sketch_dim, SketchSettings(), clipping=False)
+            settings = RecorderSettings([0, 10, steps + 100], sketch_dim, SketchSettings(), changes="none")
             rec = PathRecorder(Network(model, plan_capture(model)), opt, settings, None, lambda chord: None)
             rec.capture.attach()
         sides.append((model, opt, x, y, rec))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,27 +13,14 @@ import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
-from lightning_pathkernel.capture import CaptureError, plan_capture
-from lightning_pathkernel.chord import Chord
-from lightning_pathkernel.chord_io import write_chord
-from lightning_pathkernel.exporter import KernelMachineExporter, open_recording, record_metrics
+from lightning_pathkernel.capture import CaptureError
+from lightning_pathkernel.fit_session import FitSession, SessionOptions
 from lightning_pathkernel.identity import IdentityError, LoaderIndices, user_ids
-from lightning_pathkernel.network import ForwardFn, Network, batch_size
-from lightning_pathkernel.optim import UnsupportedOptimizerError, optimizer_rule
-from lightning_pathkernel.path import gauss_legendre
-from lightning_pathkernel.probe_batch import collect_probes
-from lightning_pathkernel.probes import ProbeTracker
-from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
-from lightning_pathkernel.sketch import SKETCHES, SketchSettings
-from lightning_pathkernel.trainer_checks import (
-    FitError,
-    check_trainer,
-    clips_by_itself,
-    output_directory,
-    training_nodes,
-)
+from lightning_pathkernel.network import ForwardFn, batch_size
+from lightning_pathkernel.optim import UnsupportedOptimizerError
+from lightning_pathkernel.sketch import SKETCHES
+from lightning_pathkernel.trainer_checks import FitError, check_trainer
 
 __all__ = ["PathKernelCallback"]
 
@@ -64,6 +51,8 @@ class PathKernelCallback(_Callback):
         export: Write the machine when fitting ends.
         prog_bar: Show the fidelity in the progress bar.
         sketch: Kind of sketch: ``balanced``, ``deflated``, ``random`` or ``identity``.
+        unattributed: ``refuse`` what cannot be attributed to training examples (an optimiser without a rule, a layer
+            whose gradient cannot be split), or ``allow`` it: then it goes to the ledger's ``unattributed`` term.
 
     Raises:
         ValueError: If a number is not positive, or there is no such sketch.
@@ -81,6 +70,7 @@ class PathKernelCallback(_Callback):
         export: bool = True,
         prog_bar: bool = False,
         sketch: str = "balanced",
+        unattributed: str = "refuse",
     ) -> None:
         for name, value in (("sketch_dim", sketch_dim), ("nodes", nodes)):
             if value < 1:
@@ -89,6 +79,8 @@ class PathKernelCallback(_Callback):
             raise ValueError(f"probes must not be negative, found {probes}")
         if sketch not in SKETCHES:
             raise ValueError(f"sketch must be one of {', '.join(sorted(SKETCHES))}, found {sketch!r}")
+        if unattributed not in ("refuse", "allow"):
+            raise ValueError(f"unattributed must be 'refuse' or 'allow', found {unattributed!r}")
         self.dirpath = dirpath
         self.sketch_dim = sketch_dim
         self.nodes = nodes
@@ -99,21 +91,16 @@ class PathKernelCallback(_Callback):
         self.export = export
         self.prog_bar = prog_bar
         self.sketch = sketch
+        self.unattributed = unattributed
         self.machine_dir: Path | None = None
         self.recording_dir: Path | None = None
         self._forget()
 
     def _forget(self) -> None:
-        self._recorder: PathRecorder | None = None
-        self._tracker: ProbeTracker | None = None
-        self._handles: list[RemovableHandle] = []
+        self._session: FitSession | None = None
         self._sources: dict[int, LoaderIndices] = {}
         self._process: Callable[[object], object] | None = None
-        self._history: list[dict[str, float]] = []
         self._active = False
-        self._own_seconds = 0.0
-        self._step_seconds = 0.0
-        self._batch_started = 0.0
 
     # before training
 
@@ -126,10 +113,8 @@ class PathKernelCallback(_Callback):
         if not self._active:
             rank_zero_info("PathKernelCallback: fast_dev_run, nothing is recorded.")
             return
-        try:
+        with _translated():
             check_trainer(trainer)
-        except FitError as error:
-            raise MisconfigurationException(str(error)) from error
         if self.example_ids is None:
             self._watch_loaders(trainer)
 
@@ -141,10 +126,8 @@ class PathKernelCallback(_Callback):
         def process(loader: object) -> object:
             processed = original(loader)
             if trainer.state.stage == "train":
-                try:
+                with _translated():
                     self._sources[id(processed)] = LoaderIndices(processed)  # type: ignore[arg-type]
-                except IdentityError as error:
-                    raise MisconfigurationException(str(error)) from error
             return processed
 
         strategy.process_dataloader = process  # type: ignore[method-assign,assignment]
@@ -154,63 +137,17 @@ class PathKernelCallback(_Callback):
         """Everything is there now: optimiser, loaders, weights. Begin the recording."""
         if not self._active:
             return
+        options = SessionOptions(
+            self.dirpath, self.sketch_dim, self.nodes, self.probes, self.forward_fn, self.seed, self.export,
+            self.sketch, self.unattributed,
+        )  # fmt: skip
         try:
-            self._begin(trainer, pl_module)
-        except (CaptureError, FitError, UnsupportedOptimizerError) as error:
+            with _translated():
+                self._session = FitSession(trainer, pl_module, options, self.recording_dir is not None)
+        except MisconfigurationException:
             self._release(trainer)
-            raise MisconfigurationException(str(error)) from error
-
-    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if len(trainer.optimizers) != 1:
-            raise MisconfigurationException(
-                f"PathKernelCallback records one optimiser, found {len(trainer.optimizers)}: use a single optimiser "
-                "with parameter groups."
-            )
-        if trainer.global_step:
-            raise MisconfigurationException(
-                f"PathKernelCallback cannot begin in mid-path: {trainer.global_step} optimiser steps were made before "
-                "this fit, by a checkpoint or an earlier fit. Begin with a new Trainer and without ckpt_path."
-            )
-        optimizer = trainer.optimizers[0]
-        optimizer_rule(optimizer)
-        schedule = training_nodes(trainer, self.nodes)
-        network = Network(pl_module, plan_capture(pl_module), self.forward_fn)
-        probes = collect_probes(trainer, self.probes)
-        if probes is not None:
-            self._check_forward(network, probes)
-        directory = output_directory(trainer, self.dirpath, used_before=self.recording_dir is not None)
-        self.recording_dir, self.machine_dir = directory / "recording", directory / "machine"
-        open_recording(self.recording_dir, pl_module, self._facts(pl_module, optimizer, schedule))
-        if probes is not None:
-            self._tracker = ProbeTracker(network, probes, gauss_legendre(4), self.seed)
-        clipping = bool(trainer.gradient_clip_val) or clips_by_itself(pl_module)
-        settings = RecorderSettings(schedule, self.sketch_dim, SketchSettings(self.sketch), self.seed, clipping)
-        self._recorder = PathRecorder(network, optimizer, settings, probes, self._on_chord)
-        self._recorder.capture.attach()
-        self._handles.append(optimizer.register_step_post_hook(self._after_step))
-
-    def _facts(
-        self, module: pl.LightningModule, optimizer: torch.optim.Optimizer, schedule: list[int]
-    ) -> dict[str, Any]:
-        return {
-            "module_class": type(module).__name__,
-            "optimizer": {"name": type(optimizer).__name__},
-            "settings": {
-                "sketch_dim": self.sketch_dim,
-                "nodes": schedule,
-                "seed": self.seed,
-                "sketch": self.sketch,
-            },
-        }
-
-    def _check_forward(self, network: Network, probes: object) -> None:
-        try:
-            network.outputs(probes)
-        except Exception as error:
-            raise MisconfigurationException(
-                f"the network's outputs could not be had on a validation batch: {error}. Pass forward_fn=, a function "
-                "(pl_module, batch) -> outputs [n, K]."
-            ) from error
+            raise
+        self.recording_dir, self.machine_dir = self._session.recording_dir, self._session.machine_dir
 
     # every batch and step
 
@@ -218,11 +155,8 @@ class PathKernelCallback(_Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Tell the recorder which examples are coming."""
-        if self._recorder is None:
-            return
-        self._batch_started = start = time.perf_counter()
-        self._recorder.begin_batch(self._ids(trainer, batch))
-        self._own_seconds += time.perf_counter() - start
+        if self._session is not None:
+            self._session.begin_batch([(self._ids(trainer, batch), batch)])
 
     def _ids(self, trainer: pl.Trainer, batch: Any) -> Tensor:
         try:
@@ -249,72 +183,47 @@ class PathKernelCallback(_Callback):
             )
         return source
 
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Gradients are coming."""
+        if self._session is not None:
+            self._session.before_backward()
+
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The batch's gradients are all in."""
-        if self._recorder is not None:
-            self._recorder.end_batch()
+        """The gradients of a backward pass are all in."""
+        if self._session is not None:
+            self._session.after_backward()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Gradients are complete, but not clipped."""
-        if self._recorder is not None:
-            start = time.perf_counter()
-            self._recorder.before_step()
-            self._own_seconds += time.perf_counter() - start
-
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-        if self._recorder is not None:
-            start = time.perf_counter()
-            self._recorder.after_step()
-            self._own_seconds += time.perf_counter() - start
-
-    def _on_chord(self, chord: Chord) -> None:
-        if self.recording_dir is None:
-            raise RuntimeError("a chord closed before the recording was opened")
-        write_chord(self.recording_dir, chord)
-        if self._tracker is not None:
-            self._tracker.advance(chord)
+        if self._session is not None:
+            self._session.before_step(getattr(optimizer, "optimizer", optimizer))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The batch is over, with a backward pass or without; keep the share of the time spent recording."""
-        if self._recorder is not None:
-            self._recorder.skip_batch()
-            self._step_seconds += time.perf_counter() - self._batch_started
+        """The batch is over, with a backward pass or without."""
+        if self._session is not None:
+            self._session.end_batch()
 
     # metrics
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log how faithful the kernel machine is at this moment of training."""
-        if self._recorder is None or trainer.sanity_checking or self._recorder.steps == 0:
+        if self._session is None or trainer.sanity_checking or self._session.recorder.steps == 0:
             return
-        values = {"overhead": self._overhead()}
-        if self._tracker is not None:
-            values.update(self._tracker.metrics(self._recorder.snapshot()))
-        named = {f"pathkernel/{name}": value for name, value in values.items()}
-        for name, value in named.items():
-            pl_module.log(name, value, prog_bar=self.prog_bar and name == "pathkernel/fidelity")
-        self._history.append({"step": float(self._recorder.steps), **values})
-
-    def _overhead(self) -> float:
-        """Share of the training steps' time spent recording."""
-        if self._recorder is None or self._step_seconds == 0:
-            return 0.0
-        return (self._own_seconds + self._recorder.capture.seconds) / self._step_seconds
+        for name, value in self._session.metrics().items():
+            shown = self.prog_bar and name == "fidelity"
+            pl_module.log(f"pathkernel/{name}", value, prog_bar=shown, sync_dist=trainer.world_size > 1)
 
     # the end
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the last chord and export."""
-        if self._recorder is None or self.recording_dir is None or self.machine_dir is None:
-            return
-        self._recorder.close_chord()
-        record_metrics(self.recording_dir, self._history)
-        if self.export:
-            KernelMachineExporter(self.recording_dir).export(self.machine_dir)
-        self._release(trainer)
+        if self._session is not None:
+            self._session.finish(trainer.strategy.barrier)
+            self._release(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave no hook behind; chords closed so far stay exportable."""
@@ -326,12 +235,19 @@ class PathKernelCallback(_Callback):
             self._release(trainer)
 
     def _release(self, trainer: pl.Trainer) -> None:
-        if self._recorder is not None:
-            self._recorder.capture.detach()
-        for handle in self._handles:
-            handle.remove()
+        if self._session is not None:
+            self._session.release()
         for source in self._sources.values():
             source.restore()
         if self._process is not None:
             del trainer.strategy.process_dataloader
         self._forget()
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Raise what the package says of a fit as Lightning's own error."""
+    try:
+        yield
+    except (CaptureError, FitError, IdentityError, UnsupportedOptimizerError) as error:
+        raise MisconfigurationException(str(error)) from error

@@ -37,6 +37,8 @@ class Chord:
         preconditioner: The clipped secant D; empty for the identity.
         decay: Displacement by weight decay; empty where there is none.
         residual: Displacement left unattributed; empty where there is none.
+        total: Sum of the rows over all processes, ``[k]``, where others hold some of them; None where they are all
+            here.
     """
 
     index: int
@@ -55,10 +57,11 @@ class Chord:
     preconditioner: Tensors = field(default_factory=dict)
     decay: Tensors = field(default_factory=dict)
     residual: Tensors = field(default_factory=dict)
+    total: Tensor | None = None
 
     def weights(self, t: float) -> dict[str, Tensor]:
         """Weights at ``t`` in [0, 1] along the chord."""
-        return {name: w + t * self.delta[name] for name, w in self.start.items()}
+        return {name: w + t * self.delta[name] if name in self.delta else w for name, w in self.start.items()}
 
     def examples_direction(self) -> dict[str, Tensor]:
         """What the stored rows add up to, back in weight space: ``D . S_query^T (sum_i row_i)``.
@@ -68,7 +71,7 @@ class Chord:
         Returns:
             Parameter -> direction, with the parameter's shape.
         """
-        total = self.rows.sum(0)
+        total = self.rows.sum(0) if self.total is None else self.total
         features = total if self.second_stage is None else total @ self.second_stage
         return synthesise(self.sketches, features, self.preconditioner, self.start)
 
@@ -129,7 +132,9 @@ class QueryBuffer:
 
     def __call__(self, name: str, gradient: PerExampleGradient) -> None:
         """Take in one use of one parameter."""
-        sketch = self._sketches[name]
+        sketch = self._sketches.get(name)
+        if sketch is None:  # it did not move
+            return
         diagonal = self._preconditioner.get(name)
         if diagonal is not None:
             diagonal = diagonal.reshape(matrix_shape(diagonal.shape))

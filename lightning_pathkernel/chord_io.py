@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning_pathkernel.network import Tensors
 from lightning_pathkernel.sketch import KroneckerSketch
 from lightning_pathkernel.store import ArtifactError, read_group, write_group
 
-__all__ = ["chord_name", "read_chord", "write_chord"]
+__all__ = ["chord_name", "merged_chord", "read_chord", "write_chord"]
 
 _MAPS = ("start", "delta", "start_buffers", "end_buffers", "preconditioner", "decay", "residual")
 _FACTORS = ("train_left", "train_right", "query_left", "query_right")
@@ -24,21 +25,27 @@ def chord_name(index: int) -> str:
     return f"chord-{index:06d}.safetensors"
 
 
-def write_chord(directory: Path, chord: Chord) -> Path:
+def write_chord(directory: Path, chord: Chord, rank: int = 0) -> Path:
     """Publish a chord; nothing is overwritten.
 
     Args:
         directory: Where.
         chord: What.
+        rank: The process whose rows these are; only the first one writes what all have in common.
 
     Returns:
         The file.
     """
+    rows = {"example_ids": chord.example_ids, "rows": chord.rows, "self_inner": chord.self_inner}
+    if rank:
+        folder = directory / rank_name(rank)
+        folder.mkdir(parents=True, exist_ok=True)
+        return write_group(folder / chord_name(chord.index), {"rows": rows}, {"index": chord.index})
     groups = {name: dict(getattr(chord, name)) for name in _MAPS}
     for factor in _FACTORS:
         found = {name: getattr(sketch, factor) for name, sketch in chord.sketches.items()}
         groups[factor] = {name: t for name, t in found.items() if t is not None}
-    groups["rows"] = {"example_ids": chord.example_ids, "rows": chord.rows, "self_inner": chord.self_inner}
+    groups["rows"] = rows
     if chord.second_stage is not None:
         groups["rows"]["second_stage"] = chord.second_stage
     facts = {
@@ -49,6 +56,43 @@ def write_chord(directory: Path, chord: Chord) -> Path:
         "sketches": [[name, sketch.rows, sketch.columns] for name, sketch in chord.sketches.items()],
     }
     return write_group(directory / chord_name(chord.index), groups, facts)
+
+
+def rank_name(rank: int) -> str:
+    """Folder of a recording that holds the rows of one of its other processes."""
+    return f"rank-{rank:04d}"
+
+
+def merged_chord(directory: Path, index: int, ranks: int) -> Chord:
+    """A chord of a recording by several processes, with the rows of all of them added up by example.
+
+    Args:
+        directory: The recording.
+        index: The chord's place on the path.
+        ranks: Number of processes.
+
+    Returns:
+        The chord.
+
+    Raises:
+        ArtifactError: If a file is missing or damaged, or its rows do not fit the chord.
+    """
+    chord = read_chord(directory / chord_name(index))
+    ids, rows, inner = [chord.example_ids], [chord.rows], [chord.self_inner]
+    for rank in range(1, ranks):
+        path = directory / rank_name(rank) / chord_name(index)
+        if not path.is_file():
+            raise ArtifactError(f"{directory}: {rank_name(rank)}/{path.name} is missing from the recording")
+        found = read_group(path)[0].get("rows", {})
+        if not {"example_ids", "rows", "self_inner"} <= found.keys() or found["rows"].shape[1:] != chord.rows.shape[1:]:
+            raise ArtifactError(f"{rank_name(rank)}/{path.name}: its rows are not of this chord")
+        ids.append(found["example_ids"])
+        rows.append(found["rows"])
+        inner.append(found["self_inner"])
+    unique, inverse = torch.unique(torch.cat(ids), return_inverse=True)
+    summed = chord.rows.new_zeros(len(unique), chord.rows.shape[1]).index_add_(0, inverse, torch.cat(rows))
+    influences = chord.self_inner.new_zeros(len(unique)).index_add_(0, inverse, torch.cat(inner))
+    return replace(chord, example_ids=unique, rows=summed, self_inner=influences)
 
 
 def read_chord(path: Path) -> Chord:
@@ -98,7 +142,7 @@ def _check_shapes(chord: Chord) -> None:
         )
     if chord.rows.shape != (len(ids), width):
         raise ValueError(f"rows of {tuple(chord.rows.shape)} for {len(ids)} examples x {width}")
-    if not chord.start or chord.start.keys() != chord.sketches.keys() or chord.delta.keys() != chord.start.keys():
+    if not chord.start or not chord.sketches.keys() <= chord.start.keys() or chord.delta.keys() != chord.start.keys():
         raise ValueError("start, displacement and sketches are of different parameters")
     for kind in ("delta", "preconditioner", "decay", "residual"):
         _check_like(kind, getattr(chord, kind), chord.start)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_pathkernel.chord_io import chord_name
+from lightning_pathkernel.chord_io import chord_name, merged_chord, write_chord
 from lightning_pathkernel.fingerprint import CONSTANTS, constants, describe_module
 from lightning_pathkernel.store import (
     FORMAT,
@@ -120,7 +120,13 @@ class KernelMachineExporter:
 
     def _stage(self, staged: Path) -> None:
         staged.mkdir()
-        for name in [*self.chords, CONSTANTS, *([METRICS] if (self.directory / METRICS).is_file() else [])]:
+        ranks = int(self.facts.get("ranks", 1))
+        for index, name in enumerate(self.chords):
+            if ranks > 1:
+                write_chord(staged, merged_chord(self.directory, index, ranks))
+            else:
+                _place(self.directory / name, staged / name)
+        for name in [CONSTANTS, *([METRICS] if (self.directory / METRICS).is_file() else [])]:
             _place(self.directory / name, staged / name)
         publish(staged / "README.md", lambda path: _write(path, self._card()))
         manifest = {

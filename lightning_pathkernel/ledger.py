@@ -69,7 +69,7 @@ class ChordSpan:
 
     def weights(self, t: float) -> dict[str, Tensor]:
         """Weights at ``t`` in [0, 1] along the chord."""
-        return {name: w + t * self.delta[name] for name, w in self.start.items()}
+        return {name: w + t * self.delta[name] if name in self.delta else w for name, w in self.start.items()}
 
 
 def chord_terms(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from lightning_pathkernel.capture import CapturePlan, GradientCapture, PerExampleGradient
+from lightning_pathkernel.capture import CapturePlan, GradientCapture, PerExampleGradient, RowGroup
 
 __all__ = [
     "ForwardFn",
@@ -114,7 +114,12 @@ class Network:
         self.plan = plan
         self.forward_fn = forward_fn or default_forward
         self._forward = _Forward(module, self.forward_fn)
-        self.parameters = dict(plan.parameters)
+        self.parameters = {name: p for name, p in plan.parameters.items() if p.requires_grad}
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Take in parameters of the plan that begin to learn only now."""
+        for name in names:
+            self.parameters[name] = self.plan.parameters[name]
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the trainable weights as they are now."""
@@ -225,8 +230,9 @@ class Network:
         parameters = list(self.parameters.values())
         try:
             with self.evaluating(), self.at(weights, buffers), torch.enable_grad():
-                capture.begin(batch_size(batch), sink)
+                capture.begin([RowGroup(batch_size(batch))])
                 scalar = functional(as_matrix(self.forward_fn(self.module, batch))).sum()
+                capture.listen(lambda _, name, gradient: sink(name, gradient))
                 torch.autograd.grad(scalar, parameters, allow_unused=True)
                 capture.check()
         finally:

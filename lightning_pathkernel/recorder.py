@@ -1,32 +1,35 @@
-"""One optimiser step in, records out. Knows nothing of Lightning.
+"""Optimiser steps in, chords out. Knows nothing of Lightning.
 
-Call `begin_batch` and `end_batch` around every forward and backward pass, `before_step` when the gradients are final
-but for clipping, and `after_step` once the weights have moved. A chord is closed when its last step was taken.
+Call `begin_batch` and `end_batch` around every batch, `before_backward` and `after_backward` around every backward
+pass, `before_step` when an optimiser's gradients are complete, and `after_step` once it has moved the weights. What a
+backward pass leaves in ``p.grad`` is followed until it is zeroed, so that several backward passes per step, several
+optimisers, and steps that an optimiser skips need no more than that.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lightning_pathkernel.capture import CaptureError, GradientCapture, PerExampleGradient
-from lightning_pathkernel.chord import Chord, QueryBuffer
+from lightning_pathkernel.capture import CaptureError, GradientCapture, PerExampleGradient, RowGroup
+from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.network import Network
+from lightning_pathkernel.optim import OptimizerRule, optimizer_rule
 from lightning_pathkernel.path import QuadratureRule, gauss_legendre
-from lightning_pathkernel.recording.arena import Arena
-from lightning_pathkernel.recording.basis import fit_basis, probe_gradients, random_cotangent
+from lightning_pathkernel.recording.basis import fit_basis, probe_gradients, query_features, random_cotangent
 from lightning_pathkernel.recording.cancelling import warn_of_cancelling
-from lightning_pathkernel.recording.checks import check_sum
-from lightning_pathkernel.recording.displacement import ChordDisplacement
-from lightning_pathkernel.recording.rows import StepRows, carry_over, weighted
-from lightning_pathkernel.recording.self_influence import self_influence
-from lightning_pathkernel.recording.updates import OptimizerUpdates
-from lightning_pathkernel.recording.visits import VisitWeights
-from lightning_pathkernel.sketch import KroneckerSketch, SketchSettings, fit_second_stage
+from lightning_pathkernel.recording.checks import sum_gaps
+from lightning_pathkernel.recording.followed import FollowedOptimizer
+from lightning_pathkernel.recording.open_chord import OpenChord, compressed
+from lightning_pathkernel.recording.ranks import Ranks
+from lightning_pathkernel.recording.received import Changes
+from lightning_pathkernel.recording.rows import StepRows
+from lightning_pathkernel.sketch import SketchSettings, fit_second_stage
 
 __all__ = ["NonFiniteError", "PathRecorder", "RecorderSettings"]
 
@@ -40,11 +43,15 @@ class RecorderSettings:
     """What is recorded.
 
     Attributes:
-        nodes: Optimiser steps at which chords end, rising, the first one 0.
+        nodes: Optimiser steps at which chords end, rising, the first one 0; beyond the last one the last interval
+            repeats.
         sketch_dim: Numbers stored per example and chord.
         sketch: How sketches are fitted.
-        clipping: Whether gradients may be changed between the backward pass and the step.
         seed: Seed of the private random generator.
+        changes: What may happen to gradients between the backward pass and the step.
+        manual: Whether gradients may be changed before `before_step`, and graphs retained: manual optimisation.
+        sum_rtol: Share of a gradient that rounding may keep the captured rows from adding up to.
+        allow_unattributed: Leave what cannot be attributed to the residual, instead of raising.
         rule: Quadrature along a chord, where the recorder needs one.
     """
 
@@ -52,7 +59,10 @@ class RecorderSettings:
     sketch_dim: int = 256
     sketch: SketchSettings = field(default_factory=SketchSettings)
     seed: int = 0
-    clipping: bool = True
+    changes: Changes = "factor"
+    manual: bool = False
+    sum_rtol: float = 1e-3
+    allow_unattributed: bool = False
     rule: QuadratureRule = field(default_factory=lambda: gauss_legendre(2))
 
 
@@ -61,267 +71,310 @@ class PathRecorder:
 
     Args:
         network: The network in training.
-        optimizer: The raw torch optimiser.
+        optimizers: The raw torch optimiser, or all of them.
         settings: What to record.
         probes: A batch of validation examples that shows what queries look like, or None.
         on_chord: Receives every chord as it closes.
+        ranks: The processes that train the network.
+
+    Attributes:
+        steps: Optimiser steps so far, those of all optimisers counted.
 
     Raises:
-        UnsupportedOptimizerError: If the optimiser has no rule.
+        UnsupportedOptimizerError: If an optimiser has no rule and may not be left unattributed.
     """
 
     def __init__(
         self,
         network: Network,
-        optimizer: torch.optim.Optimizer,
+        optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         settings: RecorderSettings,
         probes: object | None,
         on_chord: Callable[[Chord], None],
+        ranks: Ranks | None = None,
     ) -> None:
         self.network = network
         self.settings = settings
         self.steps = 0
         self.capture = GradientCapture(network.module, network.plan)
-        self._updates = OptimizerUpdates(network, optimizer)
+        self.capture.retain = settings.manual
+        self._ranks = ranks or Ranks()
+        found = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else optimizers
+        names = {id(p): name for name, p in network.plan.parameters.items()}
+        self._optimizers = [
+            FollowedOptimizer(network.module, names, each, self._rule(each), settings.changes) for each in found
+        ]
         self._probes = probes
         self._on_chord = on_chord
         self._generator = torch.Generator().manual_seed(settings.seed)
-        self._shapes = {name: p.shape for name, p in network.parameters.items()}
-        self._visits = VisitWeights(list(network.parameters))
-        self._rows: list[list[StepRows]] = []
-        self._arena = Arena()
-        self._batch: tuple[StepRows, dict[str, list[PerExampleGradient]]] | None = None
-        self._step: list[StepRows] = []
+        self._shapes = {name: p.shape for name, p in network.plan.parameters.items()}
+        self._groups: list[Tensor] = []
+        self._rows: list[StepRows] | None = None
+        self._chord = OpenChord(network, self._ranks)
+        self._due = False
         self._ends = frozenset(settings.nodes[1:])
-        self._sketches: dict[str, KroneckerSketch] = {}
-        self._fitted = False
-        self._chords = 0
-        self._held: list[dict[str, list[PerExampleGradient]]] = []
-        self._norms: Tensor | None = None
-        self._open(None)
 
-    def _open(self, previous: ChordDisplacement | None) -> None:
-        self._first_step = self.steps
-        self._fitted = False
-        self._start_buffers = self.network.buffers()
-        decay = previous.decay_buffers if previous else None
-        self._displacement = ChordDisplacement(self.network.weights(), decay)
+    def _rule(self, optimizer: torch.optim.Optimizer) -> OptimizerRule | None:
+        return optimizer_rule(optimizer, allow_missing=self.settings.allow_unattributed)
 
     # one batch
 
-    def begin_batch(self, ids: Tensor) -> None:
-        """Expect the per-example gradients of a batch whose examples are ``ids [n]``."""
-        rows = StepRows(ids, self._arena)
-        held: dict[str, list[PerExampleGradient]] = {}
-        self._batch = rows, held
-        if self._fitted:
-            sketches = self._sketches
-            self.capture.begin(len(ids), lambda name, gradient: rows.add(name, sketches[name], gradient))
-        else:
-            self.capture.begin(len(ids), lambda name, gradient: held.setdefault(name, []).append(gradient))
+    def begin_batch(self, ids: Tensor | Sequence[tuple[Tensor, object]]) -> None:
+        """Expect the forward passes of a batch.
 
-    def end_batch(self) -> None:
-        """The batch's backward pass is over; a batch without one leaves no trace.
+        Args:
+            ids: Its examples, ``[n]``; or, where several loaders feed it, each one's examples and part of the batch.
+        """
+        if isinstance(ids, Tensor):
+            self._groups, groups = [ids], [RowGroup(len(ids))]
+        else:
+            self._groups = [part for part, _ in ids]
+            groups = [RowGroup(len(part), batch) for part, batch in ids]
+            if len(groups) > 1:
+                self._groups.append(torch.cat(self._groups))
+                groups.append(RowGroup(len(self._groups[-1])))
+        self.capture.begin(groups)
+
+    def before_backward(self) -> None:
+        """Expect the gradients of a backward pass; what was zeroed since the last one is forgotten."""
+        for optimizer in self._optimizers:
+            optimizer.forget_zeroed()
+        self._close_if_due()
+        self._rows = [StepRows(ids, self._chord.arena) for ids in self._groups]
+        self.capture.listen(self._take)
+
+    def _take(self, group: int, name: str, gradient: PerExampleGradient) -> None:
+        if self._rows is None:
+            return
+        rows = self._rows[group]
+        if name in self._chord.fitted:
+            rows.add(name, self._chord.sketches[name], gradient)
+        else:
+            rows.held.setdefault(name, []).append(gradient)
+
+    def after_backward(self) -> None:
+        """The gradients of a backward pass are all in.
 
         Raises:
-            CaptureError: If a parameter's gradient could not be split among the examples, or this is the batch's
-                second backward pass.
+            CaptureError: If a parameter's gradient could not be split among the examples.
         """
-        if self._batch is None:
-            raise CaptureError(
-                f"a second backward pass in one batch, before optimiser step {self.steps}: add the losses up and go "
-                "back once (manual optimisation with several backward passes is not supported)."
-            )
-        self.capture.check()
-        self.capture.end()
-        rows, held = self._batch
-        rows.close()
-        self._step.append(rows)
-        self._held.append(held)
-        self._batch = None
+        self.capture.mute()
+        if self._rows is None:
+            return
+        if not self.settings.allow_unattributed:
+            self.capture.check()
+        for rows in self._rows:
+            rows.close()
+            names = rows.names() if len(self._optimizers) > 1 else None
+            for optimizer in self._optimizers:
+                optimizer.wait(rows, names)
+        self._rows = None
+        if self.settings.manual:
+            for optimizer in self._optimizers:
+                self._inspect(optimizer, 1.0)
 
-    def skip_batch(self) -> None:
-        """Expect nothing more of the batch that was begun last, if its backward pass never came."""
-        if self._batch is not None:
-            self.capture.end()
-            self._batch = None
+    def end_batch(self) -> None:
+        """Expect nothing more of the batch."""
+        self.capture.end()
+        self._rows = None
 
     # one step
 
-    def before_step(self) -> None:
-        """The gradients are complete, but not clipped yet."""
-        if not self._step:
-            return
-        if self.settings.clipping:
-            self._norms = self._gradient_norms()
-        if self._displacement.decay_buffers or self._updates.decaying():
-            self._displacement.remember(self.network.parameters)
+    def _followed(self, optimizer: torch.optim.Optimizer | None) -> FollowedOptimizer:
+        if optimizer is None:
+            return self._optimizers[0]
+        return next(each for each in self._optimizers if each.optimizer is optimizer)
 
-    def _gradient_norms(self) -> Tensor:
-        grads = [p.grad for p in self.network.parameters.values() if p.grad is not None]
-        if not grads:
-            raise CaptureError("no parameter has a gradient at the optimiser step: nothing was learned from this batch")
-        return torch.stack(torch._foreach_norm(grads))
+    def before_step(self, optimizer: torch.optim.Optimizer | None = None, scale: float = 1.0) -> None:
+        """An optimiser's gradients are complete.
 
-    def after_step(self) -> None:
-        """The optimiser has moved the weights; ``p.grad`` is what it received.
+        Args:
+            optimizer: Which; None for the only one.
+            scale: Loss scale that was in the backward pass and has been taken out of the gradients since.
 
         Raises:
-            CaptureError: If the gradients are not those that were captured.
+            CaptureError: If they are not those that were captured.
+        """
+        followed = self._followed(optimizer)
+        received = followed.updates.received()
+        new = [name for name in received if name not in self.network.parameters]
+        if new:
+            self.network.activate(new)
+            self._chord.extend(new)
+        followed.scale = scale
+        if not self.settings.manual:
+            self._inspect(followed, scale)
+        if not followed.parts and received and not self.settings.allow_unattributed:
+            if any(bool(p.grad.any()) for p in received.values() if p.grad is not None):
+                raise CaptureError(_unseen(self.steps))
+        if self._chord.displacement.remembers or followed.updates.decaying():
+            self._chord.displacement.remember(self.network.parameters)
+
+    def _inspect(self, followed: FollowedOptimizer, scale: float) -> None:
+        """Look at gradients that nobody has changed yet, but for a loss scale taken out of them."""
+        if not followed.fresh():
+            return
+        received = followed.updates.received()
+        followed.watch.look(received)
+        held = followed.held([name for name in received if name not in self._chord.fitted])
+        if not held or any(part.spent for part in followed.parts):
+            return
+        unfitted = {name: p for name, p in received.items() if name not in self._chord.fitted}
+        gaps = sum_gaps(held, unfitted, scale * self._ranks.world, self.settings.sum_rtol, self._ranks)
+        if gaps and not self.settings.allow_unattributed:
+            raise CaptureError(f"at optimiser step {self.steps} {gaps}")
+        if self._chord.index == 0 and followed.updates.rule is not None and followed.updates.rule.diagonal:
+            warn_of_cancelling(held, type(followed.optimizer).__name__)
+
+    def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """An optimiser has moved the weights; ``p.grad`` is what it received.
+
+        Args:
+            optimizer: Which; None for the only one.
+
+        Raises:
+            CaptureError: If gradients were changed in a way that was ruled out.
             NonFiniteError: If they are not finite.
         """
-        self.skip_batch()
-        if self._step:
-            self._record_step()
-        elif any(p.grad is not None for p in self.network.parameters.values()):
-            raise CaptureError(
-                f"optimiser step {self.steps} came without a backward pass of its own: several steps per batch are not "
-                "supported."
-            )
+        followed = self._followed(optimizer)
+        received = followed.updates.received()
+        if not received:
+            return
+        factor, foreign = self._changes(followed)
+        self._check_finite(followed, factor)
+        foreign.update(self._uncaptured(followed, received, factor))
+        chord = self._chord
+        moved = followed.updates.take(chord.displacement, foreign)
+        if moved:
+            chord.record(followed.parts, factor / (followed.scale * self._ranks.world), moved)
+            self._fit(followed, foreign)
+        followed.spend()
+        chord.displacement.learning_time += followed.learning_rate() if followed is self._optimizers[0] else 0.0
         self.steps += 1
-        if self.steps in self._ends:
-            self.close_chord()
+        self._due = self._due or self._at_node()
+        chord.fold()
+        self._close_if_due()
 
-    def _record_step(self) -> None:
-        coefficient = self._clip_coefficient()
-        if coefficient != 1.0:
-            for rows in self._step:
-                rows.coefficient = coefficient
-        self._visits.step(self._updates.take(self._displacement, self.steps))
-        if not self._fitted:
-            self._fit(coefficient)
-        self._rows.append(self._step)
-        self._step, self._held = [], []
-
-    def _clip_coefficient(self) -> float:
-        """What clipping by norm multiplied every gradient with."""
-        if self._norms is None:
-            # a loss that is not finite leaves no row finite: cheaper to see than in all norms
-            self._check_finite(self._step[-1].total() if self._fitted else float(self._gradient_norms().sum()))
-            return 1.0
-        after = self._gradient_norms()
-        clipped = float(after.norm())
-        self._check_finite(clipped)
-        total = float(self._norms.norm())
-        factor = clipped / total if total > 0 else 1.0
-        if float((after - factor * self._norms).abs().max()) > 1e-3 * clipped:
+    def _changes(self, followed: FollowedOptimizer) -> tuple[float, dict[str, Tensor]]:
+        try:
+            return followed.watch.compare(followed.updates.received())
+        except ValueError as error:
             raise CaptureError(
-                f"gradients were changed between the backward pass and optimiser step {self.steps} by more than one "
-                "common factor. Clipping by norm is supported; clipping by value and other changes are not."
-            )
-        return factor
+                f"gradients were {error} between the backward pass and optimiser step {self.steps}. Clipping is "
+                "supported, changes by hand are not."
+            ) from error
 
-    def _check_finite(self, value: float) -> None:
+    def _uncaptured(
+        self, followed: FollowedOptimizer, received: dict[str, Tensor], factor: float
+    ) -> dict[str, Tensor]:
+        """Gradients of parameters for which no row has anything, and which may be left unattributed."""
+        if not self.settings.allow_unattributed or followed.updates.rule is None:
+            return {}
+        seen = set().union(*(part.names() for part in followed.parts))
+        return {n: p.grad.detach().clone() for n, p in received.items() if n not in seen and p.grad is not None}
+
+    def _check_finite(self, followed: FollowedOptimizer, factor: float) -> None:
+        value = factor
+        if self.settings.changes == "none":
+            if self._ranks.world == 1 and followed.parts and self._chord.fitted:
+                # a loss that is not finite leaves no row finite: cheaper to see than in all norms
+                value = followed.parts[-1].total()
+            else:
+                value = followed.norm()
         if not math.isfinite(value):
             raise NonFiniteError(
                 f"gradients are not finite at optimiser step {self.steps}: the path ends there. Everything up to step "
-                f"{self._first_step} was recorded. Lower the learning rate, clip the gradients, or check the data."
+                f"{self._chord.first_step} was recorded. Lower the learning rate, clip the gradients, or check the data."
             )
 
     # one chord
 
-    def _fit(self, coefficient: float) -> None:
-        """Choose the chord's basis from its first step, which was held back for it, and sketch that step."""
-        if not any(self._held):
-            raise CaptureError(
-                "no layer's gradient was seen in the backward pass: the hooks did not fire. A compiled module must be "
-                "compiled after the fit has begun; manual gradients are not supported."
-            )
-        check_sum(self._held, self.network.parameters, coefficient, self.steps)
-        if self._chords == 0 and self._updates.rule.diagonal:
-            warn_of_cancelling(self._held, type(self._updates.optimizer).__name__)
-        probes = {} if self._probes is None else self._probe_blocks()
-        old = self._sketches
-        self._sketches = fit_basis(
-            next(held for held in self._held if held),
+    def _at_node(self) -> bool:
+        nodes = self.settings.nodes
+        if self.steps <= nodes[-1]:
+            return self.steps in self._ends
+        return (self.steps - nodes[-1]) % (nodes[-1] - nodes[-2]) == 0
+
+    def _close_if_due(self) -> None:
+        """A chord ends when its last step was taken and no gradient waits for another one."""
+        if self._due and not any(optimizer.fresh() for optimizer in self._optimizers):
+            self.close_chord()
+
+    def _fit(self, followed: FollowedOptimizer, foreign: dict[str, Tensor]) -> None:
+        """Choose this chord's basis for parameters that move for the first time in it, and sketch what was held back."""
+        chord = self._chord
+        held = followed.held([n for n in self.network.parameters if n not in chord.fitted])
+        names = {name for batch in held for name in batch}
+        if names:
+            self._fit_names(followed, foreign, held, names)
+        for part in followed.parts:
+            if part.held:
+                part.settle(chord.sketches, [name for name in part.held if name in chord.fitted])
+
+    def _fit_names(
+        self, followed: FollowedOptimizer, foreign: dict[str, Tensor],
+        held: Sequence[dict[str, list[PerExampleGradient]]], names: set[str],
+    ) -> None:  # fmt: skip
+        chord, updates = self._chord, followed.updates
+        parameters = {name: p for name, p in self.network.parameters.items() if name in names}
+        with self.capture.paused():
+            probes = {} if self._probes is None else self._probe_blocks(names)
+        sketches = fit_basis(
+            next(batch for batch in held if batch),
             probes,
-            self._updates.preconditioner(self.steps),
-            self._updates.direction(),
-            self._shapes,
+            updates.preconditioner(names, chord.displacement),
+            updates.direction(parameters),
+            {name: self._shapes[name] for name in parameters},
             self.settings.sketch,
             self._generator,
+            self._ranks,
         )
-        if self._rows:
-            buffered = self._visits.buffered
-            momentum = self._updates.earlier_momentum(buffered[-1], self._displacement.decay_buffers)
-            self._rows = carry_over(self._rows, buffered[: len(self._rows)], momentum, old, self._sketches)
-        self._arena.reset()
-        for rows, held in zip(self._step, self._held, strict=True):
-            for name, uses in held.items():
-                for use in uses:
-                    rows.add(name, self._sketches[name], use)
-            rows.close()
-        self._fitted = True
+        pulls = chord.displacement.earlier_pulls
+        chord.rebase(sketches, lambda newest: updates.earlier_momentum(parameters, newest, foreign, pulls))
 
-    def _probe_blocks(self) -> dict[str, list[PerExampleGradient]]:
-        return probe_gradients(self.network, self._probes, random_cotangent(self._generator))
+    def _probe_blocks(self, names: set[str]) -> dict[str, list[PerExampleGradient]]:
+        found = probe_gradients(self.network, self._probes, random_cotangent(self._generator))
+        return {name: uses for name, uses in found.items() if name in names}
 
     def close_chord(self) -> None:
-        """End the open chord at the weights as they are now and hand it on; nothing happens if it is empty."""
-        self.skip_batch()
-        chord = self.snapshot()
+        """End the open chord at the weights as they are now and hand it on; nothing happens if it is empty.
+
+        Raises:
+            NonFiniteError: If weights are not finite.
+        """
+        self._due = False
+        with self.capture.paused():
+            self._close()
+
+    def _close(self) -> None:
+        chord = self._chord.snapshot(self.steps)
         if chord is None:
             return
-        chord = replace(self._compressed(chord), self_inner=self._self_inner(chord))
         for name, value in chord.delta.items():
             if not bool(value.isfinite().all()):
                 raise NonFiniteError(f"weights of {name!r} are not finite at optimiser step {self.steps}")
-        kept = self._visits.close()
-        self._rows = [self._rows[i] for i in kept]
-        previous = self._displacement
-        self._chords += 1
-        self._open(previous)
+        chord = compressed(chord, self._ranks, partial(self._second_stage, chord), self.settings.sketch_dim)
+        for optimizer in self._optimizers:
+            optimizer.end_chord()
+        self._chord.follow(self.steps)
         self._on_chord(chord)
 
     def snapshot(self) -> Chord | None:
         """The open chord as if it ended here, with first-stage rows; None where nothing was learned since its node."""
-        if self.steps == self._first_step or not self._rows:
-            return None
-        end = self.network.weights()
-        parts = self._displacement.parts(end)
-        start_buffers, end_buffers = self._start_buffers, self.network.buffers()
-        visits = weighted(self._rows, self._visits.weights, self._sketches)
-        ids = torch.cat([part.ids for step in self._rows for part in step])
-        unique, inverse = torch.unique(ids, return_inverse=True)
-        rows = visits.new_zeros(len(unique), visits.shape[1]).index_add_(0, inverse.to(visits.device), visits)
-        return Chord(
-            self._chords, self._first_step, self.steps, self._displacement.learning_time, unique, rows,
-            rows.new_zeros(len(unique)), dict(self._sketches), None, dict(self._displacement.start), parts.delta,
-            start_buffers, end_buffers, parts.preconditioner, parts.decay, parts.residual,
-        )  # fmt: skip
+        return self._chord.snapshot(self.steps)
 
-    def _self_inner(self, chord: Chord) -> Tensor:
-        """Every example's effect on its own loss over the chord, in the order of its ids."""
-        visits = self_influence(self._rows, self._visits.weights, self._sketches, chord.preconditioner)
-        ids = torch.cat([part.ids for step in self._rows for part in step])
-        out = visits.new_zeros(len(chord.example_ids))
-        return out.index_add_(0, torch.searchsorted(chord.example_ids, ids).to(out.device), visits)
-
-    def _compressed(self, chord: Chord) -> Chord:
-        """Bring the rows down to ``sketch_dim`` by the second stage."""
-        if chord.rows.shape[1] <= self.settings.sketch_dim:
-            return chord
-        query = self._query_features(chord) if self._probes is not None else None
-        total = chord.rows.sum(0)
-        maps = fit_second_stage(
-            chord.rows, query, total, self.settings.sketch_dim, self.settings.sketch, self._generator
+    def _second_stage(self, chord: Chord, rows: Tensor, total: Tensor) -> tuple[Tensor, Tensor] | None:
+        query = None
+        if self._probes is not None:
+            query = query_features(self.network, self._probes, chord, self.settings.rule, self._generator)
+        return fit_second_stage(
+            rows, query, total, self.settings.sketch_dim, self.settings.sketch, self._generator
         )
-        if maps is None:
-            return chord
-        return replace(chord, rows=chord.rows @ maps[0].T, second_stage=maps[1])
 
-    def _query_features(self, chord: Chord) -> Tensor:
-        """First-stage query features of the probes along the chord, ``[M, F]``."""
-        parts = []
-        for t in self.settings.rule.points:
-            blocks = probe_gradients(
-                self.network, self._probes, random_cotangent(self._generator), rows=256,
-                weights=chord.weights(t), buffers=chord.end_buffers,
-            )  # fmt: skip
-            n = next(iter(blocks.values()))[0].n
-            buffer = QueryBuffer(chord.sketches, chord.preconditioner, n)
-            for name, uses in blocks.items():
-                for use in uses:
-                    buffer(name, use)
-            parts.append(buffer.features())
-        return torch.cat(parts)
+
+def _unseen(step: int) -> str:
+    return (
+        f"no layer's gradient was seen in a backward pass for optimiser step {step}: the hooks did not fire. Call "
+        "self.manual_backward(loss) under manual optimisation, compile a module only after the fit has begun, and set "
+        "no gradients by hand."
+    )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_pathkernel.capture import GradientCapture, PerExampleGradient, plan_capture
+from lightning_pathkernel.capture import GradientCapture, PerExampleGradient, RowGroup, plan_capture
 from lightning_pathkernel.capture.gradients import DenseGradient
 from lightning_pathkernel.optim import ParameterUpdate, optimizer_rule
 from lightning_pathkernel.sketch import KroneckerSketch, SideMoments, SketchSettings, fit_sketch
@@ -33,15 +33,17 @@ def captured_gradients(
     """
     parts: dict[str, Tensor] = {}
 
-    def sink(name: str, gradient: PerExampleGradient) -> None:
+    def sink(group: int, name: str, gradient: PerExampleGradient) -> None:
         value = gradient.project(None, None)
         parts[name] = parts[name] + value if name in parts else value
 
     plan = plan_capture(model)
     capture = GradientCapture(model, plan).attach()
     try:
-        capture.begin(n, sink)
-        loss(model(*args)).backward()
+        capture.begin([RowGroup(n)])
+        value = loss(model(*args))
+        capture.listen(sink)
+        value.backward()
         capture.check()
     finally:
         capture.detach()

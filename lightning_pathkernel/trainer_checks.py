@@ -7,8 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from lightning_pathkernel.path import node_schedule
+from lightning_pathkernel.recording.received import Changes
 
-__all__ = ["FitError", "check_trainer", "clips_by_itself", "output_directory", "training_nodes"]
+__all__ = [
+    "FitError",
+    "check_begin",
+    "check_trainer",
+    "clips_by_itself",
+    "gradient_changes",
+    "loss_scaler",
+    "output_directory",
+    "rounding_of",
+    "thaws_later",
+    "training_nodes",
+]
+
+_ROUNDING = {"32-true": 1e-3, "64-true": 1e-6, "bf16-mixed": 5e-2, "16-mixed": 1e-2}
+"""Precision -> share of a gradient that rounding may make up."""
 
 
 class FitError(ValueError):
@@ -24,22 +39,85 @@ def check_trainer(trainer: Any) -> None:
     Raises:
         FitError: With what was found, and the remedy.
     """
-    if type(trainer.strategy).__name__ != "SingleDeviceStrategy":
+    strategy = type(trainer.strategy).__name__
+    if strategy not in ("SingleDeviceStrategy", "DDPStrategy"):
         raise FitError(
-            f"PathKernelCallback does not support the strategy {type(trainer.strategy).__name__}: train on one device "
-            "(strategy='auto', devices=1)."
+            f"PathKernelCallback does not support the strategy {strategy}: train on one device (strategy='auto', "
+            "devices=1) or with strategy='ddp'."
+        )
+    started = getattr(trainer.strategy, "_start_method", "popen")
+    if started != "popen":
+        raise FitError(
+            f"PathKernelCallback does not support processes started by {started!r} (strategy 'ddp_{started}'), from "
+            "which the callback does not come back: use strategy='ddp'."
         )
     if trainer.strategy.root_device.type == "mps":
         raise FitError("PathKernelCallback does not support MPS, which lacks float64: train with accelerator='cpu'.")
-    if str(trainer.precision) != "32-true" and str(trainer.precision) != "64-true":
+    if str(trainer.precision) not in _ROUNDING:
         raise FitError(
-            f"PathKernelCallback does not support precision={trainer.precision!r}: use '32-true' or '64-true'."
+            f"PathKernelCallback does not support precision={trainer.precision!r}, whose weights are rounded in every "
+            f"step: use one of {', '.join(map(repr, _ROUNDING))}."
         )
-    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
+    averaging = [
+        type(c).__name__
+        for c in trainer.callbacks
+        if any(base.__name__ in ("StochasticWeightAveraging", "WeightAveraging") for base in type(c).__mro__)
+    ]
+    if averaging:
         raise FitError(
-            "PathKernelCallback does not support gradient_clip_algorithm='value': clip by norm, which scales all "
-            "gradients alike."
+            f"PathKernelCallback does not support {', '.join(averaging)}: it puts averages in the place of the weights "
+            "at the end, which are no point of the recorded path. Average in a fit of its own."
         )
+
+
+def check_begin(trainer: Any) -> None:
+    """Refuse what shows only when training begins.
+
+    Args:
+        trainer: The Trainer, its optimisers set up.
+
+    Raises:
+        FitError: With what was found, and the remedy.
+    """
+    if trainer.global_step:
+        raise FitError(
+            f"PathKernelCallback cannot begin in mid-path: {trainer.global_step} optimiser steps were made before "
+            "this fit, by a checkpoint or an earlier fit. Begin with a new Trainer and without ckpt_path."
+        )
+    if not trainer.optimizers:
+        raise FitError("PathKernelCallback needs an optimiser: configure_optimizers returned none.")
+
+
+def loss_scaler(trainer: Any) -> Any | None:
+    """The gradient scaler of fp16 mixed precision, if there is one."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def rounding_of(trainer: Any) -> float:
+    """Share of a gradient that rounding may keep captured rows from adding up to, by the fit's precision."""
+    return _ROUNDING[str(trainer.precision)]
+
+
+def gradient_changes(trainer: Any, pl_module: Any) -> Changes:
+    """What may happen to gradients between the backward pass and the step.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: Its module.
+
+    Returns:
+        Nothing, a common factor (clipping by norm, loss scaling), or anything (clipping by value, by the module's own
+        method, or under manual optimisation).
+    """
+    by_value = bool(trainer.gradient_clip_val) and str(trainer.gradient_clip_algorithm).endswith("value")
+    if by_value or clips_by_itself(pl_module) or not pl_module.automatic_optimization:
+        return "any"
+    return "factor" if trainer.gradient_clip_val or loss_scaler(trainer) is not None else "none"
+
+
+def thaws_later(trainer: Any) -> bool:
+    """Whether a callback of Lightning's will unfreeze parameters during the fit."""
+    return any(base.__name__ == "BaseFinetuning" for c in trainer.callbacks for base in type(c).__mro__)
 
 
 def clips_by_itself(pl_module: Any) -> bool:
@@ -55,12 +133,13 @@ def clips_by_itself(pl_module: Any) -> bool:
     return not owner.startswith(("pytorch_lightning.", "lightning.pytorch."))
 
 
-def training_nodes(trainer: Any, nodes: int) -> list[int]:
+def training_nodes(trainer: Any, nodes: int, optimizers: int = 1) -> list[int]:
     """Optimiser steps at which chords end, over the whole fit.
 
     Args:
         trainer: The Trainer, its loaders set up.
         nodes: Chords asked for.
+        optimizers: Steps that every batch is expected to make.
 
     Returns:
         Steps, the first one 0; every step where fewer are to come than chords were asked for, with a warning.
@@ -68,7 +147,9 @@ def training_nodes(trainer: Any, nodes: int) -> list[int]:
     Raises:
         FitError: If the fit has no end.
     """
-    steps = trainer.estimated_stepping_batches
+    steps = trainer.estimated_stepping_batches * optimizers
+    if trainer.max_steps > 0:
+        steps = min(steps, trainer.max_steps)
     if steps == float("inf"):
         raise FitError(
             "PathKernelCallback places its nodes over the whole fit: give the Trainer max_epochs or max_steps."

@@ -83,10 +83,13 @@ def recorded_step(
     """One optimiser step of a raw training loop, as the callback drives the recorder."""
     recorder.begin_batch(ids)
     optimizer.zero_grad()
-    loss().backward()
-    recorder.end_batch()
+    value = loss()
+    recorder.before_backward()
+    value.backward()
+    recorder.after_backward()
     recorder.before_step()
     if clip is not None:
         nn.utils.clip_grad_norm_(recorder.network.parameters.values(), clip)
     optimizer.step()
     recorder.after_step()
+    recorder.end_batch()

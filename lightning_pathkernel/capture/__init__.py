@@ -1,6 +1,7 @@
 """Per-example gradients from the user's own backward pass."""
 
 from lightning_pathkernel.capture.gradients import OuterGradient, PerExampleGradient, VectorGradient, matrix_shape
+from lightning_pathkernel.capture.groups import RowGroup
 from lightning_pathkernel.capture.hooks import GradientCapture
 from lightning_pathkernel.capture.plan import CaptureError, CapturePlan, plan_capture
 from lightning_pathkernel.capture.rules import LayerCall, layer_rules, register_layer_rule
@@ -12,6 +13,7 @@ __all__ = [
     "LayerCall",
     "OuterGradient",
     "PerExampleGradient",
+    "RowGroup",
     "VectorGradient",
     "layer_rules",
     "matrix_shape",

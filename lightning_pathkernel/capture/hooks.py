@@ -9,8 +9,9 @@ is taken care of by the nearest enclosing module that is.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,15 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_pathkernel.capture.fallback import batch_dimension, fallback_gradients
 from lightning_pathkernel.capture.gradients import PerExampleGradient
+from lightning_pathkernel.capture.groups import CallGroups, RowGroup
 from lightning_pathkernel.capture.plan import CaptureError, CapturePlan, OwnedLayer
 from lightning_pathkernel.capture.rules import LayerCall
 
 __all__ = ["GradientCapture", "GradientSink"]
 
 _Arguments = tuple[tuple[object, ...], dict[str, object]]
-GradientSink = Callable[[str, PerExampleGradient], None]
-"""``sink(parameter, gradient)``: called once for each use of a parameter in the backward pass."""
+GradientSink = Callable[[int, str, PerExampleGradient], None]
+"""``sink(group, parameter, gradient)``: called once for each use of a parameter in the backward pass."""
 
 
 def _detached(value: object) -> object:
@@ -34,20 +36,32 @@ def _detached(value: object) -> object:
 
 
 class GradientCapture:
-    """Hooks on every owned layer of a model, active between `begin` and `end`.
+    """Hooks on every owned layer of a model.
+
+    Forward passes are noted between `begin` and `end`; gradients are sent between `listen` and `mute`, so that those
+    that a training step takes for itself (a gradient penalty) are left alone.
+
+    Args:
+        model: The network.
+        plan: Who answers for which parameter.
 
     Attributes:
         seconds: Time spent in the hooks since the last reset, wall clock.
+        retain: Keep a layer's input after its gradient has arrived, for backward passes that retain their graph.
     """
 
     def __init__(self, model: nn.Module, plan: CapturePlan) -> None:
         self._model = model
         self._owners = {id(layer.module): layer for layer in plan.layers}
+        self._parameters = plan.parameters
         self._parents = _parents(model)
         self._pending: dict[int, dict[str, str]] = {}
         self._handles: list[RemovableHandle] = []
+        self._noting = False
         self._sink: GradientSink | None = None
-        self._n = 0
+        self._groups = CallGroups()
+        self._batch = 0
+        self.retain = False
         self.seconds = 0.0
 
     def attach(self) -> GradientCapture:
@@ -71,8 +85,7 @@ class GradientCapture:
         def after_forward(
             module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
         ) -> None:
-            sink = self._sink
-            if sink is None:
+            if not self._noting:
                 return
             start = time.perf_counter()
             first = args[0] if len(args) == 1 and not kwargs else None
@@ -80,11 +93,11 @@ class GradientCapture:
                 fits = self._batched(module, args, kwargs, output)
             else:
                 shape, shape_out = first.shape, output.shape
-                fits = len(shape) > dim < len(shape_out) and shape[dim] == self._n == shape_out[dim]
+                fits = len(shape) > dim < len(shape_out) and shape[dim] == self._groups.n == shape_out[dim]
             if fits:
-                self._watch(owner, args, kwargs, output, sink)
+                self._watch(owner, args, kwargs, output)
             elif torch.is_grad_enabled():
-                self._watch_pending(module, owner.parameters, args, kwargs, output, sink)
+                self._watch_pending(module, owner.parameters, args, kwargs, output)
             self.seconds += time.perf_counter() - start
 
         return after_forward
@@ -92,22 +105,34 @@ class GradientCapture:
     def detach(self) -> None:
         """Remove the hooks."""
         self.end()
+        self._groups = CallGroups()
         while self._handles:
             self._handles.pop().remove()
 
-    def begin(self, n: int, sink: GradientSink) -> None:
-        """Send the per-example gradients of coming backward passes to ``sink``.
+    def begin(self, groups: Sequence[RowGroup]) -> None:
+        """Note the coming forward passes of a batch.
 
         Args:
-            n: Number of examples in the batch.
-            sink: Receives every gradient.
+            groups: The rows that a layer may be called with; one group unless several loaders feed the batch.
         """
-        self._n, self._sink = n, sink
+        self._noting = True
+        self._batch += 1
         self._pending.clear()
+        self._groups.begin(groups)
+        if len(groups) > 1 and not self._groups.followed:
+            self._handles.extend(self._groups.follow(self._model))
+
+    def listen(self, sink: GradientSink) -> None:
+        """Send the per-example gradients of the coming backward pass to ``sink``."""
+        self._sink = sink
+
+    def mute(self) -> None:
+        """The backward pass is over."""
+        self._sink = None
 
     def end(self) -> None:
-        """Stop sending."""
-        self._sink = None
+        """The batch is over: note nothing more."""
+        self._noting, self._sink = False, None
         self._pending.clear()
 
     def check(self) -> None:
@@ -118,23 +143,23 @@ class GradientCapture:
         """
         if self._pending:
             names = sorted(name for owned in self._pending.values() for name in owned.values())
-            raise CaptureError(_unbatched(names, self._n))
+            raise CaptureError(_unbatched(names, self._groups.n))
 
     @contextmanager
-    def _paused(self) -> Iterator[None]:
-        """The fallback runs a layer's forward pass again: that one is not to be noted."""
-        sink, self._sink = self._sink, None
+    def paused(self) -> Iterator[None]:
+        """Note and send nothing for a while: for forward passes that are not the training step's."""
+        noting, sink = self._noting, self._sink
+        self._noting, self._sink = False, None
         try:
             yield
         finally:
-            self._sink = sink
+            self._noting, self._sink = noting, sink
 
     def _after_forward(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
     ) -> None:
         """Of a module without a rule, or one whose children left parameters to it."""
-        sink = self._sink
-        if sink is None or not torch.is_grad_enabled():
+        if not self._noting or not torch.is_grad_enabled():
             return
         owner = self._owners.get(id(module))
         pending = self._pending.pop(id(module), {})
@@ -143,7 +168,7 @@ class GradientCapture:
         if not pending:
             return
         start = time.perf_counter()
-        self._watch_pending(module, pending, args, kwargs, output, sink)
+        self._watch_pending(module, pending, args, kwargs, output)
         self.seconds += time.perf_counter() - start
 
     def _watch_pending(
@@ -153,15 +178,14 @@ class GradientCapture:
         args: tuple[object, ...],
         kwargs: dict[str, object],
         output: object,
-        sink: GradientSink,
     ) -> None:
         """Take the module's own VJP for parameters that no rule answers for, or pass them on to its parent."""
         if self._batched(module, args, kwargs, output):
-            self._watch(OwnedLayer("", module, None, pending), args, kwargs, output, sink)
+            self._watch(OwnedLayer("", module, None, pending), args, kwargs, output)
             return
         parent = self._parents.get(id(module))
         if parent is None:
-            raise CaptureError(_unbatched(sorted(pending.values()), self._n))
+            raise CaptureError(_unbatched(sorted(pending.values()), self._groups.n))
         prefix, above = parent
         lifted = self._pending.setdefault(id(above), {})
         lifted.update({f"{prefix}.{name}": canonical for name, canonical in pending.items()})
@@ -172,7 +196,7 @@ class GradientCapture:
         outputs = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
 
         def fits(values: list[Tensor]) -> bool:
-            return bool(values) and values[0].dim() > dim and values[0].shape[dim] == self._n
+            return bool(values) and values[0].dim() > dim and values[0].shape[dim] == self._groups.n
 
         return fits(inputs) and fits(outputs)
 
@@ -182,48 +206,61 @@ class GradientCapture:
         args: tuple[object, ...],
         kwargs: dict[str, object],
         output: object,
-        sink: GradientSink,
     ) -> None:
-        training, n = owner.module.training, self._n
+        if not any(self._parameters[name].requires_grad for name in owner.parameters.values()):
+            return
+        about = _Call(owner, owner.module.training, self._groups.n, self._groups.current, self._batch)
         if type(output) is Tensor and len(args) == 1 and type(args[0]) is Tensor and not kwargs:
             tensors, args = [output], (args[0].detach(),)
         else:
             tensors = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
             args, kwargs = pytree.tree_map(_detached, (args, kwargs))
         for index, tensor in enumerate(tensors):
-            if not tensor.requires_grad:
-                continue
-            # emptied when the gradient arrives: an input kept any longer is memory that backward cannot use again
-            held = [(args, kwargs)]
+            if tensor.requires_grad:
+                # emptied when the gradient arrives: an input kept any longer is memory that backward cannot use again
+                held = [(args, kwargs)]
+                tensor.register_hook(lambda grad, i=index, held=held: self._on_gradient(grad, i, held, about))
 
-            def on_gradient(grad: Tensor, index: int = index, held: list[_Arguments] = held) -> None:
-                start = time.perf_counter()
-                if not held:
-                    raise CaptureError(
-                        f"{owner.path or 'the model'!r} received a second gradient in one batch: backward ran twice "
-                        "through the same graph (retain_graph=True, or a gradient inside the training step)."
-                    )
-                call = LayerCall(*held.pop(), index, grad.detach() if grad.requires_grad else grad, training, n)
-                if torch.is_grad_enabled():  # backward(create_graph=True)
-                    with torch.no_grad():
-                        self._send(owner, call, sink)
-                else:
-                    self._send(owner, call, sink)
-                self.seconds += time.perf_counter() - start
+    def _on_gradient(self, grad: Tensor, index: int, held: list[_Arguments], about: _Call) -> None:
+        if self._sink is None:
+            return
+        start = time.perf_counter()
+        if not held or about.batch != self._batch:
+            raise CaptureError(_stale(about.owner.path, earlier_batch=about.batch != self._batch))
+        args, kwargs = held[0] if self.retain else held.pop()
+        received = grad.detach() if grad.requires_grad else grad
+        call = LayerCall(args, kwargs, index, received, about.training, about.n)
+        if torch.is_grad_enabled():  # backward(create_graph=True)
+            with torch.no_grad():
+                self._send(about, call)
+        else:
+            self._send(about, call)
+        self.seconds += time.perf_counter() - start
 
-            tensor.register_hook(on_gradient)
-
-    def _send(self, owner: OwnedLayer, call: LayerCall, sink: GradientSink) -> None:
+    def _send(self, about: _Call, call: LayerCall) -> None:
+        sink, owner = self._sink, about.owner
+        group = about.group if about.group is not None else self._groups.refuse(owner.path)
         found: Mapping[str, PerExampleGradient]
         if owner.rule is None:
-            with self._paused():
-                found = fallback_gradients(owner.module, call, list(owner.parameters))
+            wanted = [name for name, full in owner.parameters.items() if self._parameters[full].requires_grad]
+            with self.paused():
+                found = fallback_gradients(owner.module, call, wanted)
         else:
             found = owner.rule(owner.module, call)
         for name, gradient in found.items():
             canonical = owner.parameters.get(name)
-            if canonical is not None:
-                sink(canonical, gradient)
+            if canonical is not None and sink is not None and self._parameters[canonical].requires_grad:
+                sink(group, canonical, gradient)
+
+
+class _Call(NamedTuple):
+    """What is known of a layer's call besides its arguments."""
+
+    owner: OwnedLayer
+    training: bool
+    n: int
+    group: int | None
+    batch: int
 
 
 def _parents(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
@@ -235,4 +272,13 @@ def _unbatched(names: list[str], n: int) -> str:
         f"The gradient of {', '.join(map(repr, names))} cannot be split among the {n} examples of the batch: no module "
         "that uses it was called with the batch in its first dimension. Call the layer on one row per example, or "
         "own the parameter in a module whose forward takes the batch."
+    )
+
+
+def _stale(path: str, earlier_batch: bool) -> str:
+    if earlier_batch:
+        return f"{path or 'the model'!r} received a gradient of an earlier batch's forward pass: detach what is carried over."
+    return (
+        f"{path or 'the model'!r} received a second gradient in one batch: backward ran twice through the same graph "
+        "(retain_graph=True). Add the losses up and go back once, or use manual optimisation."
     )

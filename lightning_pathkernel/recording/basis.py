@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from lightning_pathkernel.capture import OuterGradient, PerExampleGradient, VectorGradient, matrix_shape
+from lightning_pathkernel.chord import Chord, QueryBuffer
 from lightning_pathkernel.network import Network, Tensors, take_rows
+from lightning_pathkernel.path import QuadratureRule
+from lightning_pathkernel.recording.ranks import Ranks
 from lightning_pathkernel.sketch import KroneckerSketch, SideMoments, SketchSettings, fit_sketch, rank_one_log
 
-__all__ = ["Blocks", "dense_sample", "fit_basis", "probe_gradients", "random_cotangent"]
+__all__ = ["Blocks", "dense_sample", "fit_basis", "probe_gradients", "query_features", "random_cotangent"]
 
 Blocks = Mapping[str, Sequence[PerExampleGradient]]
 """Parameter -> per-example gradients of each of its uses; the uses add up."""
@@ -56,15 +59,42 @@ def probe_gradients(
     return blocks
 
 
+def query_features(
+    network: Network, probes: object, chord: Chord, rule: QuadratureRule, generator: torch.Generator
+) -> Tensor:
+    """First-stage query features of the probes along a chord, ``[M, F]``."""
+    parts = []
+    for t in rule.points:
+        blocks = probe_gradients(
+            network, probes, random_cotangent(generator), rows=256, weights=chord.weights(t), buffers=chord.end_buffers
+        )
+        buffer = QueryBuffer(chord.sketches, chord.preconditioner, next(iter(blocks.values()))[0].n)
+        for name, uses in blocks.items():
+            for use in uses:
+                buffer(name, use)
+        parts.append(buffer.features())
+    return torch.cat(parts)
+
+
 def _sides(gradients: Tensor) -> tuple[Tensor, Tensor]:
     return gradients.transpose(1, 2).reshape(-1, gradients.shape[1]), gradients.reshape(-1, gradients.shape[2])
 
 
-def _moments(uses: Sequence[PerExampleGradient], shape: tuple[int, int], scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def _all_moments(
+    uses: Sequence[PerExampleGradient], shape: tuple[int, int], scale: Tensor | None, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """Samples of all processes, in which each has its share of those that one process would take."""
+    rows, columns = _moments(uses, shape, scale, ranks.world)
+    return ranks.rows(rows), ranks.rows(columns)
+
+
+def _moments(
+    uses: Sequence[PerExampleGradient], shape: tuple[int, int], scale: Tensor | None, world: int = 1
+) -> tuple[Tensor, Tensor]:
     if scale is None and len(uses) == 1:
         fit = max(8, _DENSE_NUMBERS // (shape[0] * shape[1]))
-        return uses[0].head(fit).moments()
-    dense = dense_sample(uses, shape, rows=64)
+        return uses[0].head(max(fit // world, 1)).moments()
+    dense = dense_sample(uses, shape, rows=64 // world)
     return _sides(dense if scale is None else dense * scale)
 
 
@@ -76,6 +106,7 @@ def fit_basis(
     shapes: Mapping[str, torch.Size],
     settings: SketchSettings,
     generator: torch.Generator,
+    ranks: Ranks,
 ) -> dict[str, KroneckerSketch]:
     """Choose a sketch for every parameter, over a rank-one square root of the preconditioner where there is one.
 
@@ -90,9 +121,10 @@ def fit_basis(
         shapes: Every trainable parameter's shape.
         settings: Kind and sizes.
         generator: Private source of randomness, on the CPU.
+        ranks: The processes whose samples are put together.
 
     Returns:
-        Parameter -> sketch.
+        Parameter -> sketch, the same on all processes.
     """
     sketches: dict[str, KroneckerSketch] = {}
     like = next(iter(train.values()))[0].total()
@@ -110,7 +142,7 @@ def fit_basis(
             sketches[name] = KroneckerSketch(shape[0], 1, weight.train_left, None, weight.query_left, None)
             continue
         moving = direction[name].reshape(shape)
-        sketches[name] = _fit_one(train[name], probes.get(name), diagonal, moving, settings, generator)
+        sketches[name] = _fit_one(train[name], probes.get(name), diagonal, moving, settings, generator, ranks)
     return sketches
 
 
@@ -127,16 +159,16 @@ def _weight_of(uses: Sequence[PerExampleGradient], train: Blocks, known: Sketche
 
 def _fit_one(
     train: Sequence[PerExampleGradient], probes: list[PerExampleGradient] | None, diagonal: Tensor | None,
-    moving: Tensor, settings: SketchSettings, generator: torch.Generator,
+    moving: Tensor, settings: SketchSettings, generator: torch.Generator, ranks: Ranks,
 ) -> KroneckerSketch:  # fmt: skip
     shape = (int(moving.shape[0]), int(moving.shape[1]))
     if diagonal is None:
-        trained = _with_direction(_moments(train, shape, None), moving, settings.direction)
+        trained = _with_direction(_all_moments(train, shape, None, ranks), moving, settings.direction)
         queried = None if probes is None else _moments(probes, shape, None)
         return _fit_sides(trained, queried, settings, generator)
     left, right = rank_one_log(diagonal.sqrt(), (diagonal > 0).to(diagonal))
     scale = left.unsqueeze(1) * right
-    trained = _with_direction(_moments(train, shape, scale), moving * scale, settings.direction)
+    trained = _with_direction(_all_moments(train, shape, scale, ranks), moving * scale, settings.direction)
     queried = None if probes is None else _moments(probes, shape, diagonal / scale)
     return _fit_sides(trained, queried, settings, generator).scaled(left, right)
 

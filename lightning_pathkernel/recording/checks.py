@@ -7,41 +7,46 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_pathkernel.capture import CaptureError, PerExampleGradient
+from lightning_pathkernel.capture import PerExampleGradient
+from lightning_pathkernel.recording.ranks import Ranks
 
-__all__ = ["check_sum"]
+__all__ = ["sum_gaps"]
 
 
-def check_sum(
+def sum_gaps(
     held: Sequence[Mapping[str, Sequence[PerExampleGradient]]],
     parameters: Mapping[str, Tensor],
-    coefficient: float,
-    step: int,
-) -> None:
-    """The captured rows must add up to the gradient that the optimiser received.
+    divisor: float,
+    rtol: float,
+    ranks: Ranks,
+) -> str | None:
+    """Where the captured rows do not add up to the gradients.
 
     Args:
-        held: For each batch of the step, parameter -> per-example gradients of each of its uses.
-        parameters: The trainable parameters, with what the optimiser received as their ``grad``.
-        coefficient: What clipping multiplied the gradients with.
-        step: The optimiser step, for the message.
+        held: For each backward pass, parameter -> per-example gradients of each of its uses.
+        parameters: The parameters concerned, with the whole gradient as their ``grad``.
+        divisor: What the captured gradients are to be divided by.
+        rtol: Share of a parameter's gradient that may be unaccounted for.
+        ranks: The processes whose gradients were averaged.
 
-    Raises:
-        CaptureError: Naming every parameter of which more than 0.1 % is unaccounted for.
+    Returns:
+        Every parameter of which more is unaccounted for, and the likely causes; None if there is none.
     """
     wrong = []
-    largest = max(float(p.grad.norm()) for p in parameters.values() if p.grad is not None)
-    for name, parameter in parameters.items():
-        if parameter.grad is None:
-            continue
+    norms = {name: float(p.grad.norm()) for name, p in parameters.items() if p.grad is not None}
+    largest = max(norms.values(), default=0.0)
+    for name, norm in norms.items():
+        parameter = parameters[name]
         uses = [use.total() for batch in held for use in batch.get(name, ())]
         captured = torch.stack(uses).sum(0) if uses else torch.zeros_like(parameter).flatten()
-        gap = float((captured.reshape(parameter.shape) * coefficient - parameter.grad).norm())
-        if gap > 1e-3 * float(parameter.grad.norm()) and gap > 1e-5 * largest:
-            wrong.append(f"{name!r} ({gap / max(float(parameter.grad.norm()), 1e-30):.1%} unaccounted for)")
-    if wrong:
-        raise CaptureError(
-            f"the per-example gradients do not add up to the gradient for {', '.join(wrong)} at step {step}. "
-            "A weight used outside its module's forward, dropout inside a layer without a rule, or gradients added "
-            "by hand do that. Call the owning module instead, or register a layer rule."
-        )
+        captured = ranks.total(captured.reshape(parameter.shape) / divisor)
+        gap = float((captured - parameter.grad).norm())
+        if gap > rtol * norm and gap > 1e-2 * rtol * largest:
+            wrong.append(f"{name!r} ({gap / max(norm, 1e-30):.1%} unaccounted for)")
+    if not wrong:
+        return None
+    return (
+        f"the per-example gradients do not add up to the gradient for {', '.join(wrong)}. "
+        "A weight used outside its module's forward, dropout inside a layer without a rule, or gradients added "
+        "by hand do that. Call the owning module instead, or register a layer rule."
+    )

@@ -20,15 +20,40 @@ class DisplacementParts:
 
     Attributes:
         delta: The displacement.
-        preconditioner: The chord's clipped secant D; empty for an optimiser without one.
+        preconditioner: The chord's clipped secant D; empty for optimisers without one.
         decay: Part of weight decay; empty where there is none.
-        residual: Part that the chord's one preconditioner leaves over; empty where it leaves nothing.
+        residual: Part that is no example's: gradients that came from none, what the chord's one preconditioner leaves
+            over, and all of an optimiser without a rule. Empty where there is nothing.
+        examples: Sum of all examples' parts before the preconditioner, ``-sum rate m``; parameters that follow a rule.
     """
 
     delta: dict[str, Tensor]
     preconditioner: dict[str, Tensor]
     decay: dict[str, Tensor]
     residual: dict[str, Tensor]
+    examples: dict[str, Tensor]
+
+
+class _Pull:
+    """A gradient that is no example's, followed through the optimiser's recurrence.
+
+    Args:
+        buffers: What earlier chords left of it in the momentum buffers.
+    """
+
+    def __init__(self, buffers: Mapping[str, Tensor]) -> None:
+        self.buffers = dict(buffers)
+        self.sums: dict[str, Tensor] = {}
+
+    def step(self, names: Sequence[str], update: ParameterUpdate, pulled: list[Tensor]) -> None:
+        """Take in one step of some parameters: ``pulled`` is what was added to their gradients."""
+        if update.from_buffer:
+            buffers = _sums(self.buffers, names, pulled)
+            torch._foreach_mul_(buffers, update.keep)
+            torch._foreach_add_(buffers, pulled, alpha=update.inject)
+            torch._foreach_add_(_sums(self.sums, names, pulled), buffers, alpha=update.rate * update.from_buffer)
+        if update.from_gradient:
+            torch._foreach_add_(_sums(self.sums, names, pulled), pulled, alpha=update.rate * update.from_gradient)
 
 
 class ChordDisplacement:
@@ -36,69 +61,110 @@ class ChordDisplacement:
 
     Args:
         start: Weights at the chord's first node.
-        decay_buffers: Weight decay that an earlier chord left in the momentum buffers.
+        previous: The chord before, whose decay and foreign gradients may still be in momentum buffers.
+
+    Attributes:
+        learning_time: Sum of the learning rates of the steps (of the first parameter group).
     """
 
-    def __init__(self, start: Tensors, decay_buffers: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, start: Tensors, previous: ChordDisplacement | None = None) -> None:
         self.start = dict(start)
-        self.decay_buffers = dict(decay_buffers or {})
         self.learning_time = 0.0
+        self._coupled = _Pull(previous._coupled.buffers if previous else {})
+        self._foreign = _Pull(previous._foreign.buffers if previous else {})
         self._before: dict[str, Tensor] = {}
         self._moved: dict[str, Tensor] = {}
         self._largest: dict[str, Tensor] = {}
         self._upper: dict[str, Tensor] = {}
         self._decoupled: dict[str, Tensor] = {}
-        self._coupled: dict[str, Tensor] = {}
+        self._unruled: set[str] = set()
+
+    def extend(self, weights: Tensors) -> None:
+        """Take in parameters that begin to learn in mid-chord, at their weights until now."""
+        self.start.update(weights)
+
+    @property
+    def earlier_pulls(self) -> dict[str, Tensor]:
+        """What decay and foreign gradients have put into the momentum buffers, by parameter."""
+        out = dict(self._coupled.buffers)
+        for name, buffer in self._foreign.buffers.items():
+            out[name] = out[name] + buffer if name in out else buffer
+        return out
 
     def remember(self, parameters: Mapping[str, Tensor]) -> None:
         """Note the weights before a step; needed only where there is weight decay."""
-        if not self._before:
+        if self._before.keys() != parameters.keys():
             self._before = {name: torch.empty_like(p) for name, p in parameters.items()}
         torch._foreach_copy_(list(self._before.values()), [p.detach() for p in parameters.values()])
 
+    @property
+    def remembers(self) -> bool:
+        """Whether weight decay is still in a momentum buffer."""
+        return bool(self._coupled.buffers)
+
     def decays(self, update: ParameterUpdate) -> bool:
         """Whether weight decay is part of this update, or still in a momentum buffer."""
-        return bool(update.coupled_decay or update.decay_rate or self.decay_buffers)
+        return bool(update.coupled_decay or update.decay_rate or self._coupled.buffers)
 
     def step_decay(self, names: Sequence[str], update: ParameterUpdate) -> None:
         """Take in the weight decay of one step of some parameters; `remember` came before it."""
         before = [self._before[name] for name in names]
         if update.decay_rate:
             torch._foreach_add_(_sums(self._decoupled, names, before), before, alpha=-update.decay_rate)
-        if not update.coupled_decay and not self.decay_buffers:
-            return
-        pulled = torch._foreach_mul(before, update.coupled_decay)
-        if update.from_buffer:
-            buffers = _sums(self.decay_buffers, names, before)
-            torch._foreach_mul_(buffers, update.keep)
-            torch._foreach_add_(buffers, pulled, alpha=update.inject)
-            rate = update.rate * update.from_buffer
-            torch._foreach_add_(_sums(self._coupled, names, before), buffers, alpha=rate)
-        if update.from_gradient:
-            rate = update.rate * update.from_gradient
-            torch._foreach_add_(_sums(self._coupled, names, before), pulled, alpha=rate)
+        if update.coupled_decay or self._coupled.buffers:
+            self._coupled.step(names, update, list(torch._foreach_mul(before, update.coupled_decay)))
 
-    def step_preconditioned(
-        self,
-        names: Sequence[str],
-        update: ParameterUpdate,
-        buffers: list[Tensor],
-        gradients: list[Tensor],
-        denominators: list[Tensor],
-    ) -> None:
-        """Take in one step of parameters with a preconditioner ``D = 1 / denominator``; `remember` came before decay.
+    def step_foreign(self, names: Sequence[str], update: ParameterUpdate, foreign: Mapping[str, Tensor]) -> None:
+        """Take in what the optimiser received beyond the examples' gradients; nothing where that is nothing."""
+        if not self._foreign.buffers and not any(name in foreign for name in names):
+            return
+        like = [self.start[name] for name in names]
+        pulled = [
+            update.sign * foreign[name] if name in foreign else torch.zeros_like(w)
+            for name, w in zip(names, like, strict=True)
+        ]
+        self._foreign.step(names, update, pulled)
+
+    def step_unruled(self, names: Sequence[str]) -> None:
+        """Whatever moves these parameters in this chord is unattributed."""
+        self._unruled.update(names)
+
+    def directions(
+        self, names: Sequence[str], update: ParameterUpdate, buffers: list[Tensor], gradients: list[Tensor]
+    ) -> tuple[list[Tensor], float]:
+        """What D multiplies, ``m = from_buffer b + from_gradient (sign g + coupled_decay w)``, and a factor to it.
 
         Args:
             names: The parameters.
             update: Their scalars.
             buffers: Their momentum buffers; empty for an optimiser without.
             gradients: What the optimiser received.
-            denominators: Overwritten.
+
+        Returns:
+            One tensor per parameter, the buffer itself where that is all there is, and the factor.
         """
-        directions, scale = buffers, update.from_buffer
-        if update.from_gradient:
-            directions, scale = self._combined(names, update, buffers, gradients), 1.0
-        torch._foreach_add_(_sums(self._moved, names, directions), directions, alpha=update.rate * scale)
+        if not update.from_gradient:
+            return buffers, update.from_buffer
+        out = torch._foreach_mul(gradients, update.from_gradient * update.sign)
+        if update.coupled_decay:
+            before = [self._before[name] for name in names]
+            torch._foreach_add_(out, before, alpha=update.from_gradient * update.coupled_decay)
+        if update.from_buffer:
+            torch._foreach_add_(out, buffers, alpha=update.from_buffer)
+        return list(out), 1.0
+
+    def step_preconditioned(
+        self, names: Sequence[str], rate: float, directions: list[Tensor], denominators: list[Tensor]
+    ) -> None:
+        """Take in one step of parameters with a preconditioner ``D = 1 / denominator``; `remember` came before decay.
+
+        Args:
+            names: The parameters.
+            rate: What multiplies ``D . direction``.
+            directions: What D multiplies.
+            denominators: Overwritten; infinite where D is 0.
+        """
+        torch._foreach_add_(_sums(self._moved, names, directions), directions, alpha=rate)
         torch._foreach_maximum_(_sums(self._largest, names, directions), denominators)
         torch._foreach_reciprocal_(denominators)
         # a coordinate that does not move in this step has a D that may mean nothing: it must not bound the secant
@@ -107,34 +173,32 @@ class ChordDisplacement:
         torch._foreach_mul_(denominators, moving)
         torch._foreach_maximum_(_sums(self._upper, names, directions), denominators)
 
-    def _combined(
-        self, names: Sequence[str], update: ParameterUpdate, buffers: list[Tensor], gradients: list[Tensor]
-    ) -> list[Tensor]:
-        """``from_buffer b + from_gradient (sign g + coupled_decay w)``."""
-        out = torch._foreach_mul(gradients, update.from_gradient * update.sign)
-        if update.coupled_decay:
-            before = [self._before[name] for name in names]
-            torch._foreach_add_(out, before, alpha=update.from_gradient * update.coupled_decay)
-        if update.from_buffer:
-            torch._foreach_add_(out, buffers, alpha=update.from_buffer)
-        return list(out)
-
     def parts(self, end: Tensors) -> DisplacementParts:
         """The parts of the displacement from the start to ``end``; may be asked before the chord closes."""
         delta = {name: end[name] - w for name, w in self.start.items()}
-        secants = {name: self._secant(name, delta[name]) for name in self._moved}
+        secants = {name: self._secant(name, delta[name]) for name in self._moved if name not in self._unruled}
         decay: dict[str, Tensor] = {}
         residual: dict[str, Tensor] = {}
-        for name in delta:
-            parts = [self._decoupled[name]] if name in self._decoupled else []
-            if name in self._coupled:
-                parts.append(-self._coupled[name] * secants[name] if name in secants else -self._coupled[name])
-            if parts:
-                decay[name] = torch.stack(parts).sum(0)
+        examples: dict[str, Tensor] = {}
+        for name, moved in delta.items():
+            if name in self._unruled:
+                residual[name] = moved.clone()
+                continue
+            scale: Tensor | float = secants.get(name, 1.0)
+            coupled, foreign = self._coupled.sums.get(name), self._foreign.sums.get(name)
+            found = [self._decoupled[name]] if name in self._decoupled else []
+            found += [-coupled * scale] if coupled is not None else []
+            if found:
+                decay[name] = torch.stack(found).sum(0)
+            pulls = [pull for pull in (coupled, foreign) if pull is not None]
             if name in secants:
-                attributed = (self._coupled.get(name, 0) - self._moved[name]) * secants[name]
-                residual[name] = delta[name] - attributed - decay.get(name, 0)
-        return DisplacementParts(delta, secants, decay, residual)
+                examples[name] = torch.stack([-self._moved[name], *pulls]).sum(0)
+                residual[name] = moved - examples[name] * scale - decay.get(name, 0)
+                continue
+            if foreign is not None:
+                residual[name] = -foreign
+            examples[name] = moved - decay.get(name, 0) - residual.get(name, 0)
+        return DisplacementParts(delta, secants, decay, residual, examples)
 
     def _secant(self, name: str, delta: Tensor) -> Tensor:
         """``clip(sum_s D_s m_s / sum_s m_s)`` between the least and the greatest D of the chord's steps."""

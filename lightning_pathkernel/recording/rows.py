@@ -6,7 +6,8 @@ are kept until the chord closes: less work in every step, and fewer bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,50 +18,72 @@ from lightning_pathkernel.capture import PerExampleGradient
 from lightning_pathkernel.recording.arena import Arena, Slot
 from lightning_pathkernel.sketch import KroneckerSketch
 
-__all__ = ["StepRows", "carry_over", "weighted"]
+__all__ = ["CarriedRows", "RecordedStep", "Rows", "Sketches", "StepRows", "split", "summed", "visited", "weighted"]
 
 Sketches = Mapping[str, KroneckerSketch]
 
 
-class StepRows:
-    """Visits of one optimiser step, or of one of its batches.
+class Rows(Protocol):
+    """Visits of some examples, with the features of their gradients."""
 
-    Between the first `add` and `close` the matrices taken in are tensors of their own; then they become columns of one
-    slot of the arena.
+    @property
+    def ids(self) -> Tensor:
+        """Training examples, ``[n]``."""
+        ...
+
+    def features(self, sketches: Sketches) -> Tensor:
+        """All features, ``[n, F]``; 0 for parameters that were not reached."""
+        ...
+
+
+class RecordedStep(NamedTuple):
+    """One optimiser step: its visits, and what their gradients were multiplied with before they were received."""
+
+    parts: Sequence[Rows]
+    coefficient: float = 1.0
+
+
+class StepRows:
+    """Visits whose gradients came in one backward pass.
+
+    Matrices taken in are tensors of their own until `close`; then they become columns of one slot of the arena.
+    Gradients of parameters whose sketch is not known yet are held back whole until `settle`.
 
     Args:
         ids: Training examples, ``[n]``.
         arena: Where what is taken in is kept.
 
     Attributes:
-        coefficient: What clipping multiplied the gradients with.
+        held: Parameter -> gradients held back.
+        spent: Whether an optimiser step has used these rows.
     """
 
-    __slots__ = ("_arena", "_ids", "_last", "_matrices", "_rows", "_uses", "_widths", "coefficient")
+    __slots__ = ("_arena", "_closed", "_ids", "_last", "_matrices", "_segments", "_uses", "held", "spent")
 
     def __init__(self, ids: Tensor, arena: Arena) -> None:
         self._ids: Tensor | Slot = ids
         self._arena = arena
-        self._rows: Slot | None = None
+        self._segments: list[tuple[Slot, tuple[int, ...]]] = []
+        self._closed = 0
         self._matrices: list[Tensor] = []
-        self._widths: tuple[int, ...] = ()
         self._uses: list[tuple[str, tuple[int, ...]]] = []
         self._last: tuple[Tensor, Tensor | None, int] | None = None
-        self.coefficient = 1.0
-
-    @classmethod
-    def whole(cls, ids: Tensor, features: Mapping[str, Tensor]) -> StepRows:
-        """Of features ``[n, k_left * k_right]`` by parameter; they are copied, to memory of their own."""
-        rows = cls(ids, Arena(1))
-        for name, matrix in features.items():
-            rows._uses.append((name, (rows._take(matrix),)))
-        rows.close()
-        return rows
+        self.held: dict[str, list[PerExampleGradient]] = {}
+        self.spent = False
 
     @property
     def ids(self) -> Tensor:
         """Training examples, ``[n]``."""
         return self._ids.view()[:, 0] if isinstance(self._ids, Slot) else self._ids
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was taken in or held back."""
+        return not (self._uses or self.held)
+
+    def names(self) -> set[str]:
+        """Parameters whose gradients were taken in or are held back."""
+        return {name for name, _ in self._uses} | self.held.keys()
 
     def add(self, name: str, sketch: KroneckerSketch, gradient: PerExampleGradient) -> None:
         """Take in one use of one parameter: its features, or the two factors of them."""
@@ -85,37 +108,91 @@ class StepRows:
 
     def _take(self, matrix: Tensor) -> int:
         self._matrices.append(matrix)
-        return len(self._matrices) - 1
+        return self._closed + len(self._matrices) - 1
 
     def close(self) -> None:
-        """Nothing more is taken in: hold on to no tensor, only to what the arena keeps."""
+        """Nothing more is taken in for now: hold on to no tensor, only to what the arena keeps."""
         matrices = self._matrices
         if not matrices:
             return
-        self._widths = tuple(matrix.shape[1] for matrix in matrices)
-        self._rows = self._arena.new(matrices[0].shape[0], sum(self._widths), _widest(matrices))
-        torch.cat(matrices, 1, out=self._rows.view())
-        self._ids = self._arena.keep(self.ids)
+        widths = tuple(matrix.shape[1] for matrix in matrices)
+        slot = self._arena.new(matrices[0].shape[0], sum(widths), _widest(matrices))
+        torch.cat(matrices, 1, out=slot.view())
+        self._segments.append((slot, widths))
+        self._closed += len(matrices)
+        if not isinstance(self._ids, Slot):
+            self._ids = self._arena.keep(self._ids)
         self._matrices, self._last = [], None
+
+    def settle(self, sketches: Sketches, names: Sequence[str]) -> None:
+        """Take in what was held back of these parameters."""
+        for name in names:
+            for use in self.held.pop(name, ()):
+                self.add(name, sketches[name], use)
+        self.close()
+
+    def move(self, arena: Arena) -> None:
+        """Keep everything in another arena from now on."""
+        if arena is self._arena:
+            return
+        self._segments = [(_moved(slot, arena), widths) for slot, widths in self._segments]
+        if isinstance(self._ids, Slot):
+            self._ids = _moved(self._ids, arena)
+        self._arena = arena
 
     def total(self) -> float:
         """The sum of all that was taken in, finite only if every number is; 0 if there is none."""
-        return 0.0 if self._rows is None else float(self._rows.view().sum())
+        return float(sum(float(slot.view().sum()) for slot, _ in self._segments))
+
+    def numbers(self) -> int:
+        """Numbers kept."""
+        return sum(slot.n * slot.k for slot, _ in self._segments)
 
     def features(self, sketches: Sketches) -> Tensor:
-        """All features of a closed batch, ``[n, F]``."""
-        assert self._rows is not None
-        rows = self._rows.view()
-        matrices = rows.split(self._widths, dim=1)
+        """All features of closed rows, ``[n, F]``."""
+        matrices: list[Tensor] = []
+        for slot, widths in self._segments:
+            matrices.extend(slot.view().split(widths, dim=1))
         found: dict[str, Tensor] = {}
         for name, use in self._uses:
             part = _outer([matrices[at] for at in use])
             found[name] = found[name] + part if name in found else part
-        columns = [
-            found[name] if name in found else rows.new_zeros(len(rows), s.features) for name, s in sketches.items()
-        ]
-        out = torch.cat(columns, dim=1)
-        return out if self.coefficient == 1.0 else out * self.coefficient
+        return _joined(found, sketches, len(self.ids), matrices[0] if matrices else None)
+
+
+class CarriedRows:
+    """Visits of an earlier chord that a momentum buffer still holds.
+
+    Args:
+        ids: Training examples, ``[n]``.
+        parts: Parameter -> features ``[n, k]`` in the basis that is the parameter's at the moment.
+    """
+
+    def __init__(self, ids: Tensor, parts: dict[str, Tensor]) -> None:
+        self._ids = ids
+        self.parts = parts
+
+    @property
+    def ids(self) -> Tensor:
+        """Training examples, ``[n]``."""
+        return self._ids
+
+    def features(self, sketches: Sketches) -> Tensor:
+        """All features, ``[n, F]``."""
+        return _joined(self.parts, sketches, len(self._ids), next(iter(self.parts.values()), None))
+
+
+def _moved(slot: Slot, arena: Arena) -> Slot:
+    view = slot.view()
+    moved = arena.new(slot.n, slot.k, view)
+    moved.view().copy_(view)
+    return moved
+
+
+def _joined(found: Mapping[str, Tensor], sketches: Sketches, n: int, like: Tensor | None) -> Tensor:
+    like = torch.zeros(()) if like is None else like
+    columns = [found[name] if name in found else like.new_zeros(n, s.features) for name, s in sketches.items()]
+    return torch.cat(columns, dim=1)
 
 
 def _widest(matrices: list[Tensor]) -> Tensor:
@@ -137,74 +214,48 @@ def split(features: Tensor, sketches: Sketches) -> dict[str, Tensor]:
     return dict(zip(sketches, features.split(sizes, dim=-1), strict=True))
 
 
-def _by_step(batches: list[list[StepRows]], sketches: Sketches) -> list[Tensor]:
-    return [torch.cat([part.features(sketches) for part in step]) for step in batches]
-
-
-def weighted(batches: list[list[StepRows]], weights: npt.NDArray[np.float64], sketches: Sketches) -> Tensor:
-    """Every visit's share of the displacement, ``-weight * S_train(g)``, eq. (5), ``[visits, F]``.
+def weighted(
+    steps: Sequence[RecordedStep], weights: npt.NDArray[np.float64], sketches: Sketches
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every visit's share of the displacement, ``-weight * S_train(g)``, eq. (5), one batch after the other.
 
     Args:
-        batches: For each step, its batches.
+        steps: The steps.
         weights: One per step and parameter.
         sketches: The chord's basis.
 
-    Returns:
-        The shares, in the order of the visits.
+    Yields:
+        Ids ``[n]`` and shares ``[n, F]``.
     """
     counts = [sketch.features for sketch in sketches.values()]
-    parts = []
-    for features, factor in zip(_by_step(batches, sketches), weights, strict=True):
-        scale = torch.from_numpy(np.repeat(-factor, counts)).to(features)
-        parts.append(features * scale)
-    return torch.cat(parts)
+    for step, factor in zip(steps, weights, strict=True):
+        scale: Tensor | None = None
+        for part in step.parts:
+            features = part.features(sketches)
+            if scale is None:
+                scale = torch.from_numpy(np.repeat(-factor * step.coefficient, counts)).to(features)
+            yield part.ids, features * scale
 
 
-def carry_over(
-    batches: list[list[StepRows]],
-    buffered: npt.NDArray[np.float64],
-    momentum: Mapping[str, Tensor],
-    old: Sketches,
-    new: Sketches,
-) -> list[list[StepRows]]:
-    """Visits whose gradients a momentum buffer still holds, in the next chord's basis.
+def visited(steps: Sequence[RecordedStep]) -> Tensor:
+    """Ids of the examples that were visited, sorted, ``[V]``."""
+    found = [part.ids for step in steps for part in step.parts]
+    return torch.unique(torch.cat(found)) if found else torch.zeros(0, dtype=torch.long)
 
-    Each row is re-expressed through the subspace its old basis kept. What that loses of their sum, which is known
-    exactly from the optimiser's buffer, is shared out by a control variate: row i gets the part
-    ``<h z_i, Z> / |Z|^2`` of it, ``Z`` the sum of all rows.
+
+def summed(ids: Tensor, rows: Iterator[tuple[Tensor, Tensor]], width: tuple[int, ...], like: Tensor) -> Tensor:
+    """Rows added up by example; memory grows with the examples, not with the visits.
 
     Args:
-        batches: For each step, its batches, in the old basis.
-        buffered: Their steps' shares of the buffers, ``[steps, parameters]``.
-        momentum: Parameter -> what the buffers hold of training gradients, as matrices ``[r, c]``.
-        old: The old basis.
-        new: The new one.
+        ids: Sorted ids, ``[V]``.
+        rows: Ids ``[n]`` and rows ``[n, *width]``.
+        width: Shape of a row.
+        like: Gives dtype and device.
 
     Returns:
-        The visits in the new basis, one batch per step.
+        The sums, ``[V, *width]``.
     """
-    if not batches:
-        return []
-    steps = _by_step(batches, old)
-    counts = [len(step) for step in steps]
-    before = split(torch.cat(steps), old)
-    shares = torch.from_numpy(np.repeat(buffered, counts, axis=0)).to(steps[0])
-    after: list[dict[str, Tensor]] = [{} for _ in steps]
-    for j, (name, sketch) in enumerate(old.items()):
-        rows = sketch.reexpress(before[name], new[name])
-        if name in momentum:
-            rows = _complete(rows, shares[:, j : j + 1], new[name].train_matrix(momentum[name]))
-        for step, part in zip(after, rows.split(counts), strict=True):
-            step[name] = part
-    ids = [torch.cat([part.ids for part in step]) for step in batches]
-    return [[StepRows.whole(*step)] for step in zip(ids, after, strict=True)]
-
-
-def _complete(rows: Tensor, shares: Tensor, wanted: Tensor) -> Tensor:
-    """Correct ``rows`` so that ``sum_i share_i row_i`` is ``wanted``."""
-    held = rows * shares
-    total = held.sum(0)
-    gamma = held @ total / (total @ total).clamp_min(1e-30)
-    share = shares[:, 0]
-    gamma = torch.where(share == 0, torch.zeros_like(gamma), gamma / torch.where(share == 0, 1, share))
-    return rows + gamma.unsqueeze(1) * (wanted - total)
+    out = like.new_zeros(len(ids), *width)
+    for found, values in rows:
+        out.index_add_(0, torch.searchsorted(ids, found).to(out.device), values.to(out))
+    return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_pathkernel.capture import matrix_shape
 from lightning_pathkernel.network import Tensors
-from lightning_pathkernel.recording.rows import StepRows, split
+from lightning_pathkernel.recording.rows import RecordedStep, split
 from lightning_pathkernel.sketch import KroneckerSketch
 
 __all__ = ["self_influence"]
@@ -21,30 +21,31 @@ _NUMBERS = 1 << 23
 
 
 def self_influence(
-    batches: list[list[StepRows]],
+    steps: Sequence[RecordedStep],
     weights: npt.NDArray[np.float64],
     sketches: Mapping[str, KroneckerSketch],
     preconditioner: Tensors,
-) -> Tensor:
+    ranks: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:
     """``-weight * <g, D g>`` times the rows of the step, with g as far as the sketch keeps it.
 
     Args:
-        batches: For each step, its batches.
+        steps: The steps.
         weights: One per step and parameter, eq. (5).
         sketches: The chord's basis.
         preconditioner: Its D; empty for the identity.
+        ranks: Processes that took as many rows each in every step.
 
-    Returns:
-        One number per visit, in the order of the visits.
+    Yields:
+        Ids ``[n]``, and one number per visit ``[n]``.
     """
     forms = {name: _Energy(sketch, preconditioner.get(name)) for name, sketch in sketches.items()}
-    out = []
-    for step, factors in zip(batches, weights, strict=True):
-        features = torch.cat([part.features(sketches) for part in step])
-        parts = split(features, sketches).items()
-        energies = [forms[name](z) * -float(factor) for (name, z), factor in zip(parts, factors, strict=True)]
-        out.append(torch.stack(energies).sum(0) * len(features))
-    return torch.cat(out)
+    for step, factors in zip(steps, weights, strict=True):
+        count = ranks * sum(len(part.ids) for part in step.parts)
+        for part in step.parts:
+            parts = split(part.features(sketches) * step.coefficient, sketches).items()
+            energies = [forms[name](z) * -float(factor) for (name, z), factor in zip(parts, factors, strict=True)]
+            yield part.ids, torch.stack(energies).sum(0) * count
 
 
 class _Energy:

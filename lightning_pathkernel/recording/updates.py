@@ -1,18 +1,15 @@
-"""What the optimiser did in its latest step, parameter by parameter."""
+"""What an optimiser did in its latest step, parameter by parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from lightning_pathkernel.capture import CaptureError, matrix_shape
-from lightning_pathkernel.network import Network
-from lightning_pathkernel.optim import ParameterUpdate, optimizer_rule
+from lightning_pathkernel.optim import OptimizerRule, ParameterUpdate
 from lightning_pathkernel.recording.displacement import ChordDisplacement
 
 __all__ = ["OptimizerUpdates"]
@@ -22,127 +19,194 @@ class OptimizerUpdates:
     """Reads an optimiser's groups and state after each of its steps.
 
     Args:
-        network: The network in training.
+        module: The network, for the names in messages.
+        names: Id of a parameter -> its name, for every parameter that can be recorded.
         optimizer: The raw torch optimiser.
-
-    Raises:
-        UnsupportedOptimizerError: If it has no rule.
+        rule: Its rule; None for an optimiser whose steps are left unattributed.
     """
 
-    def __init__(self, network: Network, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, module: nn.Module, names: Mapping[int, str], optimizer: torch.optim.Optimizer, rule: OptimizerRule | None
+    ) -> None:
         self.optimizer = optimizer
-        self.rule = optimizer_rule(optimizer)
-        self._module = network.module
-        self._parameters = network.parameters
-        self._by_id = {id(p): name for name, p in network.parameters.items()}
+        self.rule = rule
+        self._module = module
+        self._names = names
         self._seen: set[str] = set()
+        self._plain: dict[str, Tensor] = {}
 
     def decaying(self) -> bool:
         """Whether any group has weight decay."""
-        return any(group["weight_decay"] for group in self.optimizer.param_groups)
+        return self.rule is not None and any(group.get("weight_decay", 0) for group in self.optimizer.param_groups)
 
-    def take(self, displacement: ChordDisplacement, step: int) -> dict[ParameterUpdate, list[str]]:
+    def received(self) -> dict[str, Tensor]:
+        """The parameters that have a gradient, by name.
+
+        Returns:
+            Name -> parameter.
+
+        Raises:
+            CaptureError: If one of them cannot be recorded.
+        """
+        found = {}
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    name = self._names.get(id(parameter))
+                    if name is None:
+                        raise CaptureError(_stranger(self._module, parameter))
+                    found[name] = parameter
+        return found
+
+    def take(
+        self, displacement: ChordDisplacement, foreign: Mapping[str, Tensor]
+    ) -> dict[ParameterUpdate, list[str]]:
         """Note the latest step in the chord's running sums.
 
         Args:
             displacement: The sums of the open chord.
-            step: Its number, for messages.
+            foreign: Parameter -> what its gradient held beyond the examples' parts.
 
         Returns:
             The parameters that moved, by the scalars of their update.
-
-        Raises:
-            CaptureError: If the optimiser moved a parameter that is not recorded.
         """
+        if self.rule is None:
+            displacement.step_unruled(list(self.received()))
+            return {}
         moved: dict[ParameterUpdate, list[str]] = {}
         for group in self.optimizer.param_groups:
-            buckets = self._buckets(group, step)
-            for update, names in buckets.items():
+            for update, parameters in self._buckets(group).items():
+                names = list(parameters)
+                displacement.step_foreign(names, update, foreign)
                 if displacement.decays(update):
                     displacement.step_decay(names, update)
                 if self.rule.diagonal:
-                    states = [self.optimizer.state[self._parameters[name]] for name in names]
-                    buffers = [b for state in states if (b := self.rule.buffer(state)) is not None]
-                    gradients = [g for name in names if (g := self._parameters[name].grad) is not None]
-                    denominators = self.rule.denominators(group, states)
-                    displacement.step_preconditioned(names, update, buffers, gradients, denominators)
+                    self._precondition(self.rule, displacement, group, update, parameters)
                 moved.setdefault(update, []).extend(names)
-        displacement.learning_time += float(self.optimizer.param_groups[0]["lr"])
         return moved
 
-    def _buckets(self, group: Mapping[str, Any], step: int) -> dict[ParameterUpdate, list[str]]:
+    def _precondition(
+        self, rule: OptimizerRule, displacement: ChordDisplacement, group: Mapping[str, Any], update: ParameterUpdate,
+        parameters: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
+        denominators, directions, factor = self._multiplied(rule, displacement, group, update, parameters)
+        if update.before_buffer:
+            directions = self._plain_buffers(list(parameters), update, directions)
+        displacement.step_preconditioned(list(parameters), update.rate * factor, directions, denominators)
+
+    def _multiplied(
+        self, rule: OptimizerRule, displacement: ChordDisplacement, group: Mapping[str, Any], update: ParameterUpdate,
+        parameters: Mapping[str, Tensor],
+    ) -> tuple[list[Tensor], list[Tensor], float]:  # fmt: skip
+        """``1 / D`` of the latest step, what D multiplied in it, and a factor to that."""
+        names, states = list(parameters), [self.optimizer.state[p] for p in parameters.values()]
+        gradients = [p.grad for p in parameters.values() if p.grad is not None]
+        if update.before_buffer:
+            entering = update._replace(from_buffer=0.0, from_gradient=1.0)
+            directions, _ = displacement.directions(names, entering, [], gradients)
+            return rule.denominators(group, states, directions), directions, update.from_buffer
+        buffers = [b for state in states if (b := rule.buffer(state)) is not None]
+        directions, factor = displacement.directions(names, update, buffers, gradients)
+        return rule.denominators(group, states, directions), directions, factor
+
+    def _plain_buffers(self, names: Sequence[str], update: ParameterUpdate, entering: list[Tensor]) -> list[Tensor]:
+        """Momentum of gradients without their preconditioners, which the optimiser itself does not keep."""
+        for name, value in zip(names, entering, strict=True):
+            if name not in self._plain:
+                self._plain[name] = torch.zeros_like(value)
+        buffers = [self._plain[name] for name in names]
+        torch._foreach_mul_(buffers, update.keep)
+        torch._foreach_add_(buffers, entering, alpha=update.inject)
+        return buffers
+
+    def _buckets(self, group: Mapping[str, Any]) -> dict[ParameterUpdate, dict[str, Tensor]]:
         """The parameters of a group that have a gradient, by the scalars of their update."""
-        alike: dict[tuple[float, bool], tuple[Any, list[str]]] = {}
+        assert self.rule is not None
+        alike: dict[tuple[float, bool], tuple[Any, dict[str, Tensor]]] = {}
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
-            name = self._by_id.get(id(parameter))
-            if name is None:
-                raise CaptureError(_stranger(self._module, parameter, step))
+            name = self._names[id(parameter)]
             state = self.optimizer.state[parameter]
             key = (float(state.get("step", 0)), name not in self._seen)
             if key in alike:
-                alike[key][1].append(name)
+                alike[key][1][name] = parameter
             else:
-                alike[key] = (state, [name])
+                alike[key] = (state, {name: parameter})
             if key[1] and self.rule.buffer(state) is not None:
                 self._seen.add(name)
-        buckets: dict[ParameterUpdate, list[str]] = {}
-        for (_, first), (state, names) in alike.items():
-            buckets.setdefault(self.rule.update(group, state, first), []).extend(names)
+        buckets: dict[ParameterUpdate, dict[str, Tensor]] = {}
+        for (_, first), (state, named) in alike.items():
+            buckets.setdefault(self.rule.update(group, state, first), {}).update(named)
         return buckets
 
-    def preconditioner(self, step: int) -> dict[str, Tensor]:
+    def preconditioner(self, names: set[str], displacement: ChordDisplacement) -> dict[str, Tensor]:
         """D of the latest step, by parameter, 0 where a weight has never moved; empty for the identity."""
         out: dict[str, Tensor] = {}
-        for group in self.optimizer.param_groups if self.rule.diagonal else ():
-            for names in self._buckets(group, step).values():
-                states = [self.optimizer.state[self._parameters[name]] for name in names]
-                for name, state, found in zip(names, states, self.rule.denominators(group, states), strict=True):
-                    out[name] = found.reciprocal() * self.rule.moved(group, state)
+        rule = self.rule
+        if rule is None or not rule.diagonal:
+            return out
+        for group in self.optimizer.param_groups:
+            for update, parameters in self._buckets(group).items():
+                wanted = {name: p for name, p in parameters.items() if name in names}
+                states = [self.optimizer.state[p] for p in wanted.values()]
+                if not states:
+                    continue
+                denominators, _, _ = self._multiplied(rule, displacement, group, update, wanted)
+                for name, state, found in zip(wanted, states, denominators, strict=True):
+                    out[name] = found.reciprocal() * rule.moved(group, state)
         return out
 
-    def direction(self) -> dict[str, Tensor]:
-        """Where every parameter is moving: its momentum buffer, or the gradient."""
+    def direction(self, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Where parameters are moving: their momentum buffers, or their gradients."""
         out = {}
-        for name, parameter in self._parameters.items():
-            buffer = self.rule.buffer(self.optimizer.state[parameter])
+        for name, parameter in names.items():
+            buffer = self._momentum(name, parameter)
             found = parameter.grad if buffer is None else buffer
             out[name] = torch.zeros_like(parameter) if found is None else found.detach()
         return out
 
-    def earlier_momentum(self, newest: npt.NDArray[np.float64], decay: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _momentum(self, name: str, parameter: Tensor) -> Tensor | None:
+        if self.rule is None:
+            return None
+        plain = self._plain.get(name)
+        return plain if plain is not None else self.rule.buffer(self.optimizer.state[parameter])
+
+    def earlier_momentum(
+        self, parameters: Mapping[str, Tensor], newest: Mapping[str, float], foreign: Mapping[str, Tensor],
+        pulls: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:  # fmt: skip
         """What the momentum buffers hold of the examples of earlier steps.
 
         Args:
-            newest: Share of the latest step's gradient in the buffers, by parameter.
-            decay: Parameter -> what weight decay put into its buffer.
+            parameters: Those that are asked about.
+            newest: Parameter -> share of the latest step's gradient in its buffer.
+            foreign: Parameter -> what the latest gradient held beyond the examples' parts.
+            pulls: Parameter -> what decay and foreign gradients, the latest included, put into its buffer.
 
         Returns:
             Parameter -> the rest of its buffer, as a matrix ``[r, c]``.
         """
         out = {}
-        for j, (name, parameter) in enumerate(self._parameters.items()):
-            buffer = self.rule.buffer(self.optimizer.state[parameter])
+        for name, parameter in parameters.items():
+            buffer = self._momentum(name, parameter)
             if buffer is None:
                 continue
             tail = buffer.detach().clone()
             if parameter.grad is not None:
-                tail -= parameter.grad * float(newest[j])
-            if name in decay:
-                tail -= decay[name]
+                examples = parameter.grad - foreign[name] if name in foreign else parameter.grad
+                tail -= examples * newest[name]
+            if name in pulls:
+                tail -= pulls[name]
             out[name] = tail.reshape(matrix_shape(parameter.shape))
         return out
 
 
-def _stranger(module: nn.Module, parameter: Tensor, step: int) -> str:
+def _stranger(module: nn.Module, parameter: Tensor) -> str:
     name = next((name for name, p in module.named_parameters() if p is parameter), None)
     if name is None:
         return (
-            f"the optimiser moved a parameter of shape {tuple(parameter.shape)} at step {step} that is not the "
-            "module's: register what owns it (the loss?) as a submodule."
+            f"the optimiser moves a parameter of shape {tuple(parameter.shape)} that is not the module's: register "
+            "what owns it (the loss?) as a submodule."
         )
-    return (
-        f"{name!r} was frozen when the fit began and learned at step {step}: unfreezing is not supported. Let "
-        "it require gradients from the start, with a learning rate of 0 until then."
-    )
+    return f"the optimiser moves {name!r}, which is not a floating-point parameter that can be recorded."

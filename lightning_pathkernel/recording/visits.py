@@ -41,6 +41,18 @@ class VisitWeights:
         """Share of each step's gradient in the momentum buffers, ``[steps, parameters]``."""
         return self._buffered[: self._steps]
 
+    def extend(self, names: Sequence[str]) -> None:
+        """Add parameters, which no step so far has moved."""
+        for name in names:
+            self._columns[name] = len(self._columns)
+        for field in ("_buffered", "_first", "_weights"):
+            old = getattr(self, field)
+            setattr(self, field, np.concatenate([old, np.zeros((len(old), len(names)))], axis=1))
+
+    def newest(self) -> dict[str, float]:
+        """Share of the latest step's gradient in the momentum buffers, by parameter."""
+        return dict(zip(self._columns, self.buffered[-1].tolist(), strict=True))
+
     def step(self, updates: Mapping[ParameterUpdate, Sequence[str]]) -> None:
         """Take in one optimiser step: the parameters that moved, by their scalars; the others sat it out."""
         if self._steps == len(self._weights):
@@ -63,18 +75,22 @@ class VisitWeights:
             old = getattr(self, name)
             setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
 
-    def close(self) -> npt.NDArray[np.intp]:
-        """Start the next chord.
+    def alive(self) -> npt.NDArray[np.intp]:
+        """Indices of the steps that a momentum buffer still holds."""
+        scale = np.maximum(np.abs(self._first[: self._steps]).max(axis=1), 1e-300)
+        return np.flatnonzero(np.abs(self.buffered).max(axis=1) > self._horizon * scale)
 
-        Returns:
-            Indices of the steps that stay, because a momentum buffer still holds them.
+    def keep(self, steps: npt.NDArray[np.intp], chord_closed: bool) -> None:
+        """Forget all other steps.
+
+        Args:
+            steps: Indices of those that stay.
+            chord_closed: Whether their weights begin at 0 again.
         """
-        first = self._first[: self._steps]
-        scale = np.maximum(np.abs(first).max(axis=1), 1e-300)
-        kept = np.flatnonzero(np.abs(self.buffered).max(axis=1) > self._horizon * scale)
-        size = max(16, 2 * len(kept))
-        fresh = [np.zeros((size, first.shape[1])) for _ in range(3)]
-        fresh[0][: len(kept)], fresh[1][: len(kept)] = self.buffered[kept], first[kept]
-        self._buffered, self._first, self._weights = fresh
-        self._steps = len(kept)
-        return kept
+        size = max(16, 2 * len(steps))
+        for field in ("_buffered", "_first", "_weights"):
+            fresh = np.zeros((size, len(self._columns)))
+            if field != "_weights" or not chord_closed:
+                fresh[: len(steps)] = getattr(self, field)[steps]
+            setattr(self, field, fresh)
+        self._steps = len(steps)

@@ -1,0 +1,96 @@
+"""One optimiser and the backward passes whose gradients are in its parameters' ``grad`` at the moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pathkernel.capture import CaptureError, PerExampleGradient
+from lightning_pathkernel.optim import OptimizerRule
+from lightning_pathkernel.recording.received import Changes, GradientWatch
+from lightning_pathkernel.recording.rows import StepRows
+from lightning_pathkernel.recording.updates import OptimizerUpdates
+
+__all__ = ["FollowedOptimizer"]
+
+
+class FollowedOptimizer:
+    """Follows what waits for an optimiser's next step, until it is zeroed.
+
+    Args:
+        module: The network.
+        names: Id of a parameter -> its name.
+        optimizer: The raw torch optimiser.
+        rule: Its rule; None to leave its steps unattributed.
+        changes: What may happen to gradients before a step.
+
+    Attributes:
+        parts: Rows whose gradients are in ``grad``, those that a step has used already included.
+        scale: Loss scale taken out of the gradients before `GradientWatch` looked.
+    """
+
+    def __init__(
+        self, module: nn.Module, names: Mapping[int, str], optimizer: torch.optim.Optimizer,
+        rule: OptimizerRule | None, changes: Changes,
+    ) -> None:  # fmt: skip
+        self.optimizer = optimizer
+        self.updates = OptimizerUpdates(module, names, optimizer, rule)
+        self.watch = GradientWatch(changes, type(optimizer).__name__)
+        self.parts: list[StepRows] = []
+        self.scale = 1.0
+        self._names = names
+        self._stale = False
+
+    def wait(self, rows: StepRows, names: set[str] | None) -> None:
+        """Take in the rows of a backward pass; ``names`` are the parameters it reached, None for all."""
+        if rows.empty:
+            return
+        if names is None or any(self._names.get(id(p)) in names for p in self._all()):
+            self.parts.append(rows)
+
+    def _all(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def forget_zeroed(self) -> None:
+        """Let go of rows whose gradients have been zeroed."""
+        if (self.parts or self._stale) and not any(p.grad is not None and bool(p.grad.any()) for p in self._all()):
+            self.parts, self._stale = [], False
+
+    def fresh(self) -> bool:
+        """Whether gradients wait that no step has used."""
+        return any(not part.spent for part in self.parts)
+
+    def held(self, names: Sequence[str]) -> list[dict[str, list[PerExampleGradient]]]:
+        """What was held back of these parameters, part by part; parts without any are left out."""
+        found = [{n: part.held[n] for n in names if part.held.get(n)} for part in self.parts]
+        return [batch for batch in found if batch]
+
+    def spend(self) -> None:
+        """A step has used all rows; used again, they count again.
+
+        Raises:
+            CaptureError: If it used gradients of a chord that is closed.
+        """
+        if self._stale:
+            raise CaptureError(
+                f"{type(self.optimizer).__name__} used gradients again that an earlier step had used, across a node: "
+                "zero them after every step."
+            )
+        for part in self.parts:
+            part.spent = True
+
+    def end_chord(self) -> None:
+        """The chord has closed: rows that a step has used are in its basis."""
+        self._stale = bool(self.parts)
+        self.parts = []
+
+    def norm(self) -> float:
+        """Norm of all gradients."""
+        gradients = [p.grad for p in self._all() if p.grad is not None]
+        return float(torch.stack(torch._foreach_norm(gradients)).norm()) if gradients else 0.0
+
+    def learning_rate(self) -> float:
+        """That of the first parameter group."""
+        return float(self.optimizer.param_groups[0]["lr"])

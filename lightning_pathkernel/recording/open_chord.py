@@ -1,0 +1,238 @@
+"""The chord that is being recorded: its steps, their rows and its displacement, from one node to the next."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_pathkernel.capture import matrix_shape
+from lightning_pathkernel.chord import Chord, synthesise
+from lightning_pathkernel.network import Network
+from lightning_pathkernel.optim import ParameterUpdate
+from lightning_pathkernel.recording.arena import Arena
+from lightning_pathkernel.recording.carry import carried, reexpress
+from lightning_pathkernel.recording.displacement import ChordDisplacement, DisplacementParts
+from lightning_pathkernel.recording.ranks import Ranks
+from lightning_pathkernel.recording.rows import RecordedStep, StepRows, summed, visited, weighted
+from lightning_pathkernel.recording.self_influence import self_influence
+from lightning_pathkernel.recording.visits import VisitWeights
+from lightning_pathkernel.sketch import KroneckerSketch
+
+__all__ = ["OpenChord", "compressed"]
+
+_log = logging.getLogger(__name__)
+_OUTSIDE = 0.02
+"""Share of a displacement by which rows may miss it, by rounding and the momentum of steps long past."""
+_FOLD = 1 << 24
+"""Numbers kept of single visits, beyond which those whose weights are final are added up by example."""
+
+
+class OpenChord:
+    """Steps taken since the last node.
+
+    Args:
+        network: The network in training.
+        ranks: The processes that train it.
+        fold: Numbers kept of single visits before they are added up by example.
+
+    Attributes:
+        index: Its place on the path.
+        first_step: Optimiser step of its node.
+        displacement: Running sums of what the optimisers did.
+        sketches: Parameter -> its sketch, of this chord or, until `fitted` has it, of an earlier one.
+        fitted: Parameters whose sketch is this chord's.
+    """
+
+    def __init__(self, network: Network, ranks: Ranks, fold: int = _FOLD) -> None:
+        self._network = network
+        self._ranks = ranks
+        self._fold = fold
+        self._arenas = (Arena(), Arena())
+        self._visits = VisitWeights(list(network.parameters))
+        self._steps: list[RecordedStep] = []
+        self._kept = 0
+        self._carried = 0
+        self._folded: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.index = 0
+        self.sketches: dict[str, KroneckerSketch] = {}
+        self.fitted: set[str] = set()
+        self.first_step = 0
+        self.displacement = ChordDisplacement(network.weights())
+        self._start_buffers = ranks.first(network.buffers())
+
+    @property
+    def arena(self) -> Arena:
+        """Where this chord's rows are kept."""
+        return self._arenas[0]
+
+    def extend(self, names: Sequence[str]) -> None:
+        """Take in parameters that begin to learn now."""
+        self._visits.extend(names)
+        weights = self._network.weights()
+        self.displacement.extend({name: weights[name] for name in names})
+
+    def record(
+        self, parts: Sequence[StepRows], coefficient: float, moved: Mapping[ParameterUpdate, Sequence[str]]
+    ) -> None:
+        """Take in one optimiser step: its visits and the parameters that it moved."""
+        self._visits.step(moved)
+        self._steps.append(RecordedStep(parts, coefficient))
+        self._kept += sum(part.numbers() for part in parts)
+
+    def rebase(
+        self,
+        sketches: Mapping[str, KroneckerSketch],
+        momentum: Callable[[Mapping[str, float]], Mapping[str, Tensor]],
+    ) -> None:
+        """Some parameters have their basis for this chord now; what momentum carried here is brought into it.
+
+        Args:
+            sketches: Parameter -> sketch.
+            momentum: Share of the latest step's gradient in the buffers -> what these hold of earlier steps.
+        """
+        old = {name: self.sketches[name] for name in sketches if name in self.sketches}
+        earlier = self._steps[: self._carried]
+        if any(step.parts for step in earlier) and old:
+            shares = self._visits.buffered[: len(earlier)]
+            columns = {name: shares[:, j] for j, name in enumerate(self._network.parameters)}
+            reexpress(earlier, columns, momentum(self._visits.newest()), old, sketches, self._ranks)
+        self.sketches.update(sketches)
+        self.fitted.update(sketches)
+
+    def fold(self) -> None:
+        """Add up by example the visits whose weights are final, once single ones take too much memory."""
+        if self._kept < self._fold:
+            return
+        alive = self._visits.alive()
+        final = np.setdiff1d(np.arange(len(self._steps)), alive)
+        parts = self.displacement.parts(self._network.weights())
+        self._folded = [self._summed([self._steps[i] for i in final], self._visits.weights[final], parts)]
+        self._steps = [self._steps[i] for i in alive]
+        self._carried = int((alive < self._carried).sum())
+        self._visits.keep(alive, chord_closed=False)
+        self._arenas = (self._arenas[1], self._arenas[0])
+        for step in self._steps:
+            for part in step.parts:
+                if isinstance(part, StepRows):
+                    part.move(self.arena)
+        self._arenas[1].reset()
+        self._kept = sum(p.numbers() for step in self._steps for p in step.parts if isinstance(p, StepRows))
+
+    def _summed(
+        self, steps: Sequence[RecordedStep], weights: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
+        parts: DisplacementParts,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Ids, rows and self-influences of some steps together with what was folded, by example."""
+        ids = [visited(steps)] if steps else []
+        ids = torch.unique(torch.cat([*ids, *(folded[0] for folded in self._folded)]))
+        features = sum(sketch.features for sketch in self.sketches.values())
+        like = next(iter(parts.delta.values()))
+        rows = summed(ids, weighted(steps, weights, self.sketches), (features,), like)
+        inner = summed(
+            ids, self_influence(steps, weights, self.sketches, parts.preconditioner, self._ranks.world), (), like
+        )
+        for found, folded_rows, folded_inner in self._folded:
+            at = torch.searchsorted(ids, found).to(rows.device)
+            rows.index_add_(0, at, folded_rows)
+            inner.index_add_(0, at, folded_inner)
+        return ids, rows, inner
+
+    def snapshot(self, last_step: int) -> Chord | None:
+        """The chord as if it ended here, with first-stage rows; None where nothing was learned since its node."""
+        if last_step == self.first_step:
+            return None
+        parts = self.displacement.parts(self._network.weights())
+        ids, rows, inner = self._summed(self._steps, self._visits.weights, parts)
+        total = self._ranks.total(rows.sum(0))
+        residual = {**parts.residual, **self._outside(parts, total, rows)}
+        return Chord(
+            self.index, self.first_step, last_step, self.displacement.learning_time, ids, rows, inner,
+            dict(self.sketches), None, dict(self.displacement.start), parts.delta, self._start_buffers,
+            self._ranks.first(self._network.buffers()), parts.preconditioner, parts.decay, residual,
+            total=total if self._ranks.world > 1 else None,
+        )  # fmt: skip
+
+    def _outside(self, parts: DisplacementParts, total: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        """Where the rows do not add up to what the optimiser did, as far as the sketch shows it: part of the residual.
+
+        The first stage is linear, so both must agree to rounding unless something else moved the weights, or a
+        gradient had parts that were not captured.
+        """
+        found: dict[str, Tensor] = {}
+        start = 0
+        for name, sketch in self.sketches.items():
+            part = slice(start, start + sketch.features)
+            start += sketch.features
+            if name not in parts.examples or name not in self.fitted:
+                continue
+            expected = sketch.train_matrix(parts.examples[name].reshape(matrix_shape(parts.examples[name].shape)))
+            gap = expected - total[part]
+            if float(gap.norm()) > _OUTSIDE * float(expected.norm()) + 1e-3 * float(rows[:, part].norm()):
+                found[name] = gap
+        if not found:
+            return {}
+        self._warn(found, total)
+        out = {}
+        for name, gap in found.items():
+            matrix = synthesise({name: self.sketches[name]}, gap, parts.preconditioner, parts.delta)[name]
+            out[name] = parts.residual[name] + matrix if name in parts.residual else matrix
+        return out
+
+    def _warn(self, found: Mapping[str, Tensor], total: Tensor) -> None:
+        share = float(torch.cat(list(found.values())).norm() / total.norm().clamp_min(1e-30))
+        _log.warning(
+            "between optimiser step %d and the next node %s moved otherwise than the recorded gradients say (weights "
+            "changed by hand, or gradients that no hook saw): %.1f %% of the chord's sketched displacement is left "
+            "unattributed.",
+            self.first_step,
+            ", ".join(map(repr, found)),
+            100 * share,
+        )
+
+    def follow(self, last_step: int) -> None:
+        """Begin the next chord at the node where this one ends."""
+        alive = self._visits.alive()
+        self._steps = carried([self._steps[i] for i in alive], self.sketches)
+        self._visits.keep(alive, chord_closed=True)
+        for arena in self._arenas:
+            arena.reset()
+        self._kept, self._carried, self._folded = 0, len(self._steps), []
+        self.index += 1
+        self.first_step = last_step
+        self.fitted = set()
+        self.displacement = ChordDisplacement(self._network.weights(), self.displacement)
+        self._start_buffers = self._ranks.first(self._network.buffers())
+
+
+def compressed(
+    chord: Chord, ranks: Ranks, fit: Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None], sketch_dim: int
+) -> Chord:
+    """Bring a chord's rows down to ``sketch_dim`` by the second stage.
+
+    Args:
+        chord: With first-stage rows.
+        ranks: The processes that hold its rows.
+        fit: All rows ``[V, F]`` and their sum ``[F]`` -> the maps of both sides, or None.
+        sketch_dim: Numbers to keep.
+
+    Returns:
+        The chord.
+    """
+    if chord.rows.shape[1] <= sketch_dim:
+        return chord
+    rows = chord.rows
+    if ranks.world > 1:
+        ids, every = ranks.rows(chord.example_ids), ranks.rows(chord.rows)
+        merged = torch.unique(ids)
+        rows = summed(merged, iter([(ids, every)]), (every.shape[1],), every)
+    total = rows.sum(0) if chord.total is None else chord.total
+    maps = fit(rows, total)
+    if maps is None:
+        return chord
+    shared = None if chord.total is None else chord.total @ maps[0].T
+    return replace(chord, rows=chord.rows @ maps[0].T, second_stage=maps[1], total=shared)
