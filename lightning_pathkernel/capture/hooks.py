@@ -20,6 +20,8 @@ from torch.utils.hooks import RemovableHandle
 from lightning_pathkernel.capture.fallback import batch_dimension, fallback_gradients
 from lightning_pathkernel.capture.gradients import PerExampleGradient
 from lightning_pathkernel.capture.plan import CaptureError, CapturePlan, OwnedLayer
+from lightning_pathkernel.capture.precision import full_precision, in_parameter_dtype
+from lightning_pathkernel.capture.replay import call_state, random_state
 from lightning_pathkernel.capture.rules import LayerCall
 
 __all__ = ["GradientCapture", "GradientSink"]
@@ -43,7 +45,9 @@ class GradientCapture:
     def __init__(self, model: nn.Module, plan: CapturePlan) -> None:
         self._model = model
         self._owners = {id(layer.module): layer for layer in plan.layers}
+        self._parameters = plan.parameters
         self._parents = _parents(model)
+        self._random: dict[int, Tensor | None] = {}
         self._pending: dict[int, dict[str, str]] = {}
         self._handles: list[RemovableHandle] = []
         self._sink: GradientSink | None = None
@@ -61,8 +65,18 @@ class GradientCapture:
             if owner is not None and owner.rule is not None:
                 self._handles.append(module.register_forward_hook(self._layer_hook(owner), with_kwargs=True))
             if (owner is not None and owner.rule is None) or next(module.children(), None) is not None:
+                self._handles.append(module.register_forward_pre_hook(self._before_forward))
                 self._handles.append(module.register_forward_hook(self._after_forward, with_kwargs=True))
         return self
+
+    def _before_forward(self, module: nn.Module, args: object) -> None:
+        """Of a module that may have to run a second time: with the random numbers it draws now."""
+        if self._sink is not None and module.training and torch.is_grad_enabled():
+            self._random[id(module)] = random_state(next(iter(self._parameters.values())).device)
+
+    def _trains(self, owner: OwnedLayer) -> bool:
+        """Whether any parameter of the layer requires a gradient at the moment."""
+        return any(self._parameters[name].requires_grad for name in owner.parameters.values())
 
     def _layer_hook(self, owner: OwnedLayer) -> Callable[..., None]:
         """A hook for a layer with a rule, short because it runs in every step."""
@@ -72,7 +86,7 @@ class GradientCapture:
             module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
         ) -> None:
             sink = self._sink
-            if sink is None:
+            if sink is None or not self._trains(owner):
                 return
             start = time.perf_counter()
             first = args[0] if len(args) == 1 and not kwargs else None
@@ -104,11 +118,13 @@ class GradientCapture:
         """
         self._n, self._sink = n, sink
         self._pending.clear()
+        self._random.clear()
 
     def end(self) -> None:
         """Stop sending."""
         self._sink = None
         self._pending.clear()
+        self._random.clear()
 
     def check(self) -> None:
         """Raise what a hook found wrong; hooks cannot raise through the user's code without harm.
@@ -138,7 +154,7 @@ class GradientCapture:
             return
         owner = self._owners.get(id(module))
         pending = self._pending.pop(id(module), {})
-        if owner is not None and owner.rule is None:
+        if owner is not None and owner.rule is None and self._trains(owner):
             pending = {**pending, **owner.parameters}
         if not pending:
             return
@@ -190,6 +206,9 @@ class GradientCapture:
         else:
             tensors = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
             args, kwargs = pytree.tree_map(_detached, (args, kwargs))
+        state = None
+        if owner.rule is None and tensors:
+            state = call_state(owner.module, self._random.pop(id(owner.module), None), tensors[0].device)
         for index, tensor in enumerate(tensors):
             if not tensor.requires_grad:
                 continue
@@ -203,7 +222,7 @@ class GradientCapture:
                         f"{owner.path or 'the model'!r} received a second gradient in one batch: backward ran twice "
                         "through the same graph (retain_graph=True, or a gradient inside the training step)."
                     )
-                call = LayerCall(*held.pop(), index, grad.detach() if grad.requires_grad else grad, training, n)
+                call = LayerCall(*held.pop(), index, grad.detach() if grad.requires_grad else grad, training, n, state)
                 if torch.is_grad_enabled():  # backward(create_graph=True)
                     with torch.no_grad():
                         self._send(owner, call, sink)
@@ -215,15 +234,16 @@ class GradientCapture:
 
     def _send(self, owner: OwnedLayer, call: LayerCall, sink: GradientSink) -> None:
         found: Mapping[str, PerExampleGradient]
-        if owner.rule is None:
-            with self._paused():
-                found = fallback_gradients(owner.module, call, list(owner.parameters))
-        else:
-            found = owner.rule(owner.module, call)
-        for name, gradient in found.items():
-            canonical = owner.parameters.get(name)
-            if canonical is not None:
-                sink(canonical, gradient)
+        names = [name for name, canonical in owner.parameters.items() if self._parameters[canonical].requires_grad]
+        with full_precision(call.grad_output):
+            if owner.rule is None:
+                with self._paused():
+                    found = fallback_gradients(owner.module, call, names)
+            else:
+                found = owner.rule(owner.module, in_parameter_dtype(owner.module, call))
+            for name in names:
+                if name in found:
+                    sink(owner.parameters[name], found[name])
 
 
 def _parents(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
