@@ -22,6 +22,8 @@ from lightning_pathkernel.capture.fallback import batch_dimension, fallback_grad
 from lightning_pathkernel.capture.gradients import PerExampleGradient
 from lightning_pathkernel.capture.groups import CallGroups, RowGroup
 from lightning_pathkernel.capture.plan import CaptureError, CapturePlan, OwnedLayer
+from lightning_pathkernel.capture.precision import full_precision, in_parameter_dtype
+from lightning_pathkernel.capture.replay import CallState, call_state, random_state
 from lightning_pathkernel.capture.rules import LayerCall
 
 __all__ = ["GradientCapture", "GradientSink"]
@@ -55,6 +57,7 @@ class GradientCapture:
         self._owners = {id(layer.module): layer for layer in plan.layers}
         self._parameters = plan.parameters
         self._parents = _parents(model)
+        self._random: dict[int, Tensor | None] = {}
         self._pending: dict[int, dict[str, str]] = {}
         self._handles: list[RemovableHandle] = []
         self._noting = False
@@ -75,8 +78,18 @@ class GradientCapture:
             if owner is not None and owner.rule is not None:
                 self._handles.append(module.register_forward_hook(self._layer_hook(owner), with_kwargs=True))
             if (owner is not None and owner.rule is None) or next(module.children(), None) is not None:
+                self._handles.append(module.register_forward_pre_hook(self._before_forward))
                 self._handles.append(module.register_forward_hook(self._after_forward, with_kwargs=True))
         return self
+
+    def _before_forward(self, module: nn.Module, args: object) -> None:
+        """Of a module that may have to run a second time: with the random numbers it draws now."""
+        if self._noting and module.training and torch.is_grad_enabled():
+            self._random[id(module)] = random_state(next(iter(self._parameters.values())).device)
+
+    def _trains(self, owner: OwnedLayer) -> bool:
+        """Whether any parameter of the layer requires a gradient at the moment."""
+        return any(self._parameters[name].requires_grad for name in owner.parameters.values())
 
     def _layer_hook(self, owner: OwnedLayer) -> Callable[..., None]:
         """A hook for a layer with a rule, short because it runs in every step."""
@@ -85,7 +98,7 @@ class GradientCapture:
         def after_forward(
             module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
         ) -> None:
-            if not self._noting:
+            if not self._noting or not self._trains(owner):
                 return
             start = time.perf_counter()
             first = args[0] if len(args) == 1 and not kwargs else None
@@ -118,6 +131,7 @@ class GradientCapture:
         self._noting = True
         self._batch += 1
         self._pending.clear()
+        self._random.clear()
         self._groups.begin(groups)
         if len(groups) > 1 and not self._groups.followed:
             self._handles.extend(self._groups.follow(self._model))
@@ -134,6 +148,7 @@ class GradientCapture:
         """The batch is over: note nothing more."""
         self._noting, self._sink = False, None
         self._pending.clear()
+        self._random.clear()
 
     def check(self) -> None:
         """Raise what a hook found wrong; hooks cannot raise through the user's code without harm.
@@ -163,7 +178,7 @@ class GradientCapture:
             return
         owner = self._owners.get(id(module))
         pending = self._pending.pop(id(module), {})
-        if owner is not None and owner.rule is None:
+        if owner is not None and owner.rule is None and self._trains(owner):
             pending = {**pending, **owner.parameters}
         if not pending:
             return
@@ -207,14 +222,15 @@ class GradientCapture:
         kwargs: dict[str, object],
         output: object,
     ) -> None:
-        if not any(self._parameters[name].requires_grad for name in owner.parameters.values()):
-            return
-        about = _Call(owner, owner.module.training, self._groups.n, self._groups.current, self._batch)
         if type(output) is Tensor and len(args) == 1 and type(args[0]) is Tensor and not kwargs:
             tensors, args = [output], (args[0].detach(),)
         else:
             tensors = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
             args, kwargs = pytree.tree_map(_detached, (args, kwargs))
+        state = None
+        if owner.rule is None and tensors:
+            state = call_state(owner.module, self._random.pop(id(owner.module), None), tensors[0].device)
+        about = _Call(owner, owner.module.training, self._groups.n, self._groups.current, self._batch, state)
         for index, tensor in enumerate(tensors):
             if tensor.requires_grad:
                 # emptied when the gradient arrives: an input kept any longer is memory that backward cannot use again
@@ -229,7 +245,7 @@ class GradientCapture:
             raise CaptureError(_stale(about.owner.path, earlier_batch=about.batch != self._batch))
         args, kwargs = held[0] if self.retain else held.pop()
         received = grad.detach() if grad.requires_grad else grad
-        call = LayerCall(args, kwargs, index, received, about.training, about.n)
+        call = LayerCall(args, kwargs, index, received, about.training, about.n, about.state)
         if torch.is_grad_enabled():  # backward(create_graph=True)
             with torch.no_grad():
                 self._send(about, call)
@@ -240,17 +256,19 @@ class GradientCapture:
     def _send(self, about: _Call, call: LayerCall) -> None:
         sink, owner = self._sink, about.owner
         group = about.group if about.group is not None else self._groups.refuse(owner.path)
+        if sink is None:
+            return
         found: Mapping[str, PerExampleGradient]
-        if owner.rule is None:
-            wanted = [name for name, full in owner.parameters.items() if self._parameters[full].requires_grad]
-            with self.paused():
-                found = fallback_gradients(owner.module, call, wanted)
-        else:
-            found = owner.rule(owner.module, call)
-        for name, gradient in found.items():
-            canonical = owner.parameters.get(name)
-            if canonical is not None and sink is not None and self._parameters[canonical].requires_grad:
-                sink(group, canonical, gradient)
+        names = [name for name, canonical in owner.parameters.items() if self._parameters[canonical].requires_grad]
+        with full_precision(call.grad_output):
+            if owner.rule is None:
+                with self.paused():
+                    found = fallback_gradients(owner.module, call, names)
+            else:
+                found = owner.rule(owner.module, in_parameter_dtype(owner.module, call))
+            for name in names:
+                if name in found:
+                    sink(group, owner.parameters[name], found[name])
 
 
 class _Call(NamedTuple):
@@ -261,6 +279,7 @@ class _Call(NamedTuple):
     n: int
     group: int | None
     batch: int
+    state: CallState | None
 
 
 def _parents(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:

@@ -82,7 +82,7 @@ def group_norm_rule(layer: nn.Module, call: LayerCall) -> dict[str, PerExampleGr
     return _channels(layer, call, F.group_norm(call.input, norm.num_groups, eps=norm.eps))
 
 
-@register_layer_rule(nn.BatchNorm1d, nn.BatchNorm2d)
+@register_layer_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def batch_norm_rule(layer: nn.Module, call: LayerCall) -> dict[str, PerExampleGradient]:
     """Each row's share of a batch norm's gradient, with the batch's own statistics (docs/theory.md, section 7).
 

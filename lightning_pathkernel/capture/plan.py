@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
-from torch import nn
-from torch.nn.utils.parametrize import ParametrizationList
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_pathkernel.capture import conv, embedding, linear, norm  # noqa: F401  (they register their rules)
 from lightning_pathkernel.capture.rules import LayerRule, layer_rules
@@ -23,7 +25,7 @@ class CaptureError(RuntimeError):
 
 @dataclass(frozen=True)
 class OwnedLayer:
-    """A module and the trainable parameters it answers for.
+    """A module and the parameters it answers for.
 
     Attributes:
         path: Its name within the model.
@@ -40,17 +42,19 @@ class OwnedLayer:
 
 @dataclass(frozen=True)
 class CapturePlan:
-    """All owned layers of a model, and its trainable parameters under their canonical names."""
+    """All owned layers of a model, and the parameters planned for under their canonical names."""
 
     layers: tuple[OwnedLayer, ...]
     parameters: Mapping[str, nn.Parameter]
 
 
-def plan_capture(model: nn.Module) -> CapturePlan:
+def plan_capture(model: nn.Module, everything: bool = False) -> CapturePlan:
     """Assign every trainable parameter of ``model`` to the modules that use it.
 
     Args:
         model: The network as it is trained.
+        everything: Plan for all parameters, those too that do not require gradients now, for a fit that will unfreeze
+            them. A parameter that does not require gradients when a batch comes costs that batch nothing.
 
     Returns:
         The plan; tied parameters appear once among the parameters and with every module that uses them.
@@ -58,7 +62,7 @@ def plan_capture(model: nn.Module) -> CapturePlan:
     Raises:
         CaptureError: If the model has modules whose gradients cannot be taken, all of them named.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad or (everything and _moves(p))}
     canonical = {id(p): name for name, p in parameters.items()}
     layers: list[OwnedLayer] = []
     refused: list[str] = []
@@ -67,20 +71,14 @@ def plan_capture(model: nn.Module) -> CapturePlan:
     for path, module in model.named_modules():
         if id(module) in skipped:
             continue
-        whole = isinstance(module, _WHOLE)
-        if whole:
-            skipped.update(id(child) for child in module.modules())
-        owned = {
-            name: canonical[id(p)]
-            for name, p in module.named_parameters(recurse=whole, remove_duplicate=False)
-            if id(p) in canonical
-        }
+        own = _own_parameters(module, skipped)
+        owned = {name: canonical[id(p)] for name, p in own.items() if id(p) in canonical}
         if not owned:
             continue
-        reason = _refusal(module)
+        reason = _refusal(module, [own[name] for name in owned])
         if reason:
             refused.append(f"{path or '(the model)'!r} ({type(module).__name__}): {reason}")
-        layers.append(OwnedLayer(path, module, rules.get(type(module)), owned))
+        layers.append(OwnedLayer(path, module, rules.get(type(module)) if _plain(module, owned) else None, owned))
     if refused:
         raise CaptureError("No per-example gradients for " + "; ".join(refused))
     if not layers:
@@ -88,9 +86,45 @@ def plan_capture(model: nn.Module) -> CapturePlan:
     return CapturePlan(tuple(layers), parameters)
 
 
-def _refusal(module: nn.Module) -> str | None:
-    if isinstance(module, ParametrizationList):
-        return "parametrised weights have no rule yet; remove the parametrisation before fitting"
+def _moves(parameter: nn.Parameter) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
+
+
+def _own_parameters(module: nn.Module, skipped: set[int]) -> dict[str, nn.Parameter]:
+    """The parameters a module answers for by itself; the submodules it answers for are added to ``skipped``."""
+    if isinstance(module, _WHOLE):
+        skipped.update(id(child) for child in module.modules())
+        return dict(module.named_parameters(remove_duplicate=False))
+    own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    if is_parametrized(module):
+        computed = cast(nn.ModuleDict, module.parametrizations)
+        skipped.update(id(child) for child in computed.modules())
+        own.update(computed.named_parameters("parametrizations", remove_duplicate=False))
+    return own
+
+
+def _plain(module: nn.Module, owned: Mapping[str, str]) -> bool:
+    """Whether no hook computes the weight of ``module``: old-style weight norm, spectral norm and pruning do.
+
+    They leave the class as it is, turn ``weight`` into an attribute, and keep parameters ``weight_g``, ``weight_orig``.
+
+    Args:
+        module: The module.
+        owned: Its parameters, by their name within it.
+
+    Returns:
+        Whether its class says how its parameters are used.
+    """
+    return not any(isinstance(vars(module).get(name.rpartition("_")[0]), Tensor) for name in owned)
+
+
+def _refusal(module: nn.Module, owned: list[nn.Parameter]) -> str | None:
+    if any(is_lazy(p) for p in owned):
+        return "its parameters have no shape yet; run one batch through the model before fitting"
+    if any(p.is_complex() for p in owned):
+        return "complex parameters are not supported; own real and imaginary parts and join them by torch.complex"
+    if isinstance(module, nn.SyncBatchNorm):
+        return "statistics shared by several devices are not supported; use BatchNorm, on one device it is the same"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
         return "sparse gradients are not supported; pass sparse=False"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:

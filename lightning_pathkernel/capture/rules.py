@@ -9,6 +9,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from lightning_pathkernel.capture.gradients import PerExampleGradient
+from lightning_pathkernel.capture.replay import CallState
 
 __all__ = ["LayerCall", "LayerRule", "layer_rules", "register_layer_rule"]
 
@@ -24,6 +25,7 @@ class LayerCall:
         grad_output: Gradient of the loss with respect to that tensor, scaled as the backward pass left it.
         training: Whether the layer was in training mode during the call.
         n: Number of examples in the batch.
+        state: What the call ran on, for a layer without a rule, which runs a second time.
     """
 
     args: tuple[object, ...]
@@ -32,6 +34,7 @@ class LayerCall:
     grad_output: Tensor
     training: bool
     n: int
+    state: CallState | None = None
 
     @property
     def input(self) -> Tensor:

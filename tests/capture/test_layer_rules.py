@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_pathkernel.capture import CaptureError, layer_rules, plan_capture, register_layer_rule
+from lightning_pathkernel.capture import CaptureError, GradientCapture, layer_rules, plan_capture, register_layer_rule
 from lightning_pathkernel.capture.linear import linear_rule
 from lightning_pathkernel.testing import assert_layer_rule, captured_gradients
 
@@ -41,6 +41,7 @@ LAYERS = {
     "batch norm 1d": (lambda: nn.BatchNorm1d(4).eval(), (N, 4)),
     "batch norm of sequences": (lambda: nn.BatchNorm1d(4).eval(), (N, 4, 3)),
     "batch norm 2d": (lambda: nn.BatchNorm2d(4).eval(), (N, 4, 3, 3)),
+    "batch norm 3d": (lambda: nn.BatchNorm3d(4).eval(), (N, 4, 2, 3, 2)),
     "prelu, by the fallback": (lambda: nn.PReLU(4), (N, 4, 3)),
     "transposed convolution, by the fallback": (lambda: nn.ConvTranspose2d(2, 3, 2), (N, 2, 3, 3)),
     "lstm, by the fallback": (
@@ -78,10 +79,12 @@ def test_embedding_scaled_by_frequency_adds_up() -> None:
     assert_layer_rule(nn.Embedding(7, 3, scale_grad_by_freq=True), (torch.randint(0, 7, (N, 4)),), mixes_rows=True)
 
 
-@pytest.mark.parametrize("layer", [nn.BatchNorm1d(4), nn.BatchNorm2d(4)])
-def test_batch_norm_in_training_shares_out_the_whole_gradient(layer: nn.Module) -> None:
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.BatchNorm1d(4), (N, 4)), (nn.BatchNorm2d(4), (N, 4, 3, 3)), (nn.BatchNorm3d(4), (N, 4, 2, 3, 2))],
+)
+def test_batch_norm_in_training_shares_out_the_whole_gradient(layer: nn.Module, shape: tuple[int, ...]) -> None:
     """Rows are mixed by the batch statistics: the row's share through the layer's own backward is the reference."""
-    shape = (N, 4) if isinstance(layer, nn.BatchNorm1d) else (N, 4, 3, 3)
     layer = randomised(layer.double()).train()
     x = torch.randn(shape, dtype=torch.float64)
     assert_layer_rule(layer, (x,), mixes_rows=True)
@@ -214,13 +217,39 @@ def test_a_parameter_that_no_batch_reaches_is_named() -> None:
 
 
 def test_every_offending_module_is_named_at_once() -> None:
-    model = nn.ModuleDict(
-        {"a": nn.Embedding(3, 2, sparse=True), "b": nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))}
-    )
-    with pytest.raises(CaptureError, match=r"'a' \(Embedding\): sparse.*'b\.parametrizations\.weight'"):
+    model = nn.ModuleDict({"a": nn.Embedding(3, 2, sparse=True), "b": nn.LazyLinear(2), "c": nn.SyncBatchNorm(3)})
+    model["d"] = nn.Linear(2, 2, dtype=torch.complex64)
+    with pytest.raises(
+        CaptureError,
+        match=r"'a' \(Embedding\): sparse.*'b' \(LazyLinear\): .* run one batch.*"
+        r"'c' \(SyncBatchNorm\): .* use BatchNorm.*'d' \(Linear\): complex",
+    ):
         plan_capture(model)
     with pytest.raises(CaptureError, match="no trainable parameter"):
         plan_capture(nn.ReLU())
+
+
+def test_parameters_that_are_frozen_at_the_moment_cost_nothing() -> None:
+    """A plan for everything follows what requires gradients when a batch comes."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.PReLU(), nn.Linear(3, 2)).double().requires_grad_(False)
+    with pytest.raises(CaptureError, match="no trainable parameter"):
+        plan_capture(model)
+    plan = plan_capture(model, everything=True)
+    assert set(plan.parameters) == {"0.weight", "0.bias", "1.weight", "2.weight", "2.bias"}
+    capture = GradientCapture(model, plan).attach()
+    x = torch.randn(N, 4, dtype=torch.float64)
+    for thawed in (["2.bias"], ["1.weight", "2.bias"], ["0.weight", "2.weight"]):
+        for name, parameter in plan.parameters.items():
+            parameter.requires_grad_(name in thawed).grad = None
+        seen: dict[str, Tensor] = {}
+        capture.begin(N, lambda name, gradient, seen=seen: seen.update({name: gradient.total()}))
+        model(x).square().sum().backward()
+        capture.check()
+        capture.end()
+        assert sorted(seen) == thawed
+        for name in thawed:
+            whole = plan.parameters[name].grad
+            torch.testing.assert_close(seen[name].reshape(whole.shape), whole, rtol=1e-10, atol=1e-12)
 
 
 def test_rules_are_not_replaced_silently() -> None:
