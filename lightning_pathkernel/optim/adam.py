@@ -13,6 +13,12 @@ from lightning_pathkernel.optim.rules import ParameterUpdate, register_optimizer
 __all__ = ["AdamRule", "AdamaxRule", "NAdamRule", "RAdamRule"]
 
 
+def _steps(states: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Every parameter's number of steps, read from the device at once; they differ where a parameter sat steps out."""
+    found: list[float] = torch.stack([torch.as_tensor(state["step"]) for state in states]).tolist()
+    return found
+
+
 class _Averaging:
     """``b <- beta1 b + (1 - beta1) h``; decay is coupled, or beside the update where the group says so."""
 
@@ -51,10 +57,13 @@ class _Averaging:
         found: Tensor = state["exp_avg"] != 0
         return found
 
-    def denominators(self, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    def denominators(
+        self, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]], directions: Sequence[Tensor]
+    ) -> list[Tensor]:
         """``sqrt(v / (1 - beta2^t)) + eps``."""
         second = [state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"] for state in states]
-        out = torch._foreach_div(second, 1.0 - float(group["betas"][1]) ** float(states[0]["step"]))
+        beta2 = float(group["betas"][1])
+        out = torch._foreach_div(second, [1.0 - beta2**step for step in _steps(states)])
         torch._foreach_sqrt_(out)
         torch._foreach_add_(out, float(group["eps"]))
         return list(out)
@@ -91,24 +100,34 @@ class RAdamRule(_Averaging):
     In the first steps, while the variance of the adaptive rate is not tractable, D is 1.
     """
 
-    def denominators(self, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    def denominators(
+        self, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]], directions: Sequence[Tensor]
+    ) -> list[Tensor]:
         """``(sqrt(v) + eps) / (r sqrt(1 - beta2^t))``, or 1."""
-        beta2, step = float(group["betas"][1]), float(states[0]["step"])
-        correction, longest = 1.0 - beta2**step, 2.0 / (1.0 - beta2) - 1.0
-        length = longest - 2.0 * step * beta2**step / correction
-        if length <= 5.0:
-            return [torch.ones_like(state["exp_avg"]) for state in states]
-        square = (length - 4.0) * (length - 2.0) * longest / ((longest - 4.0) * (longest - 2.0) * length)
-        out = torch._foreach_sqrt([state["exp_avg_sq"] for state in states])
-        torch._foreach_add_(out, float(group["eps"]))
-        torch._foreach_div_(out, (square * correction) ** 0.5)
-        return list(out)
+        beta2, eps = float(group["betas"][1]), float(group["eps"])
+        factors = [_rectified(beta2, step) for step in _steps(states)]
+        return [
+            torch.ones_like(state["exp_avg"]) if factor is None else state["exp_avg_sq"].sqrt().add_(eps).div_(factor)
+            for state, factor in zip(states, factors, strict=True)
+        ]
+
+
+def _rectified(beta2: float, step: float) -> float | None:
+    """``r sqrt(1 - beta2^t)``; None while the variance is not tractable."""
+    correction, longest = 1.0 - beta2**step, 2.0 / (1.0 - beta2) - 1.0
+    length = longest - 2.0 * step * beta2**step / correction
+    if length <= 5.0:
+        return None
+    square = (length - 4.0) * (length - 2.0) * longest / ((longest - 4.0) * (longest - 2.0) * length)
+    return float((square * correction) ** 0.5)
 
 
 @register_optimizer_rule(torch.optim.Adamax)
 class AdamaxRule(_Averaging):
     """Adamax (Kingma and Ba 2015, algorithm 2): ``D = 1 / u``, u the decaying maximum of ``|h| + eps``."""
 
-    def denominators(self, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    def denominators(
+        self, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]], directions: Sequence[Tensor]
+    ) -> list[Tensor]:
         """``u``."""
         return [state["exp_inf"].clone() for state in states]

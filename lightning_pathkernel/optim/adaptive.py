@@ -45,7 +45,9 @@ class AdagradRule:
         found: Tensor = state["sum"] != float(group["initial_accumulator_value"])
         return found
 
-    def denominators(self, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    def denominators(
+        self, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]], directions: Sequence[Tensor]
+    ) -> list[Tensor]:
         """``sqrt(sum) + eps``."""
         out = torch._foreach_sqrt([state["sum"] for state in states])
         torch._foreach_add_(out, float(group["eps"]))
@@ -88,7 +90,9 @@ class RMSpropRule:
         found: Tensor = state["square_avg"] != 0
         return found
 
-    def denominators(self, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    def denominators(
+        self, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]], directions: Sequence[Tensor]
+    ) -> list[Tensor]:
         """``sqrt(v) + eps``, with the squared mean taken off ``v`` if centred."""
         out = [state["square_avg"].clone() for state in states]
         if group["centered"]:

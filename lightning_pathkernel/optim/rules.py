@@ -7,7 +7,14 @@ For one parameter and one step an optimiser is described, eq. (4) of docs/theory
     m  = from_buffer * b + from_gradient * h
     w  <- w - rate * D . m - decay_rate * w
 
-with scalars read after the step and a diagonal preconditioner D (None for the identity).
+with scalars read after the step and a diagonal preconditioner D, which is the identity unless the rule is diagonal.
+With ``before_buffer`` D multiplies h as it enters the buffer, as in RMSprop with momentum:
+
+    b  <- keep * b + inject * D . h
+    m  = from_buffer * b + from_gradient * D . h
+    w  <- w - rate * m - decay_rate * w
+
+so that every gradient keeps the D of its own step.
 """
 
 from __future__ import annotations
@@ -43,6 +50,7 @@ class ParameterUpdate(NamedTuple):
     sign: float = 1.0
     coupled_decay: float = 0.0
     decay_rate: float = 0.0
+    before_buffer: bool = False
 
 
 class OptimizerRule(Protocol):
@@ -60,15 +68,28 @@ class OptimizerRule(Protocol):
         ...
 
     def buffer(self, state: Mapping[str, Any]) -> Tensor | None:
-        """The momentum buffer ``b`` after the step, if there is one."""
+        """The momentum buffer ``b`` after the step, if there is one; with D inside if ``before_buffer``."""
         ...
 
     def moved(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor:
-        """Which weights have moved so far, as a mask; D means nothing elsewhere. For diagonal optimisers only."""
+        """Which weights have moved so far, as a mask; elsewhere D is 0 or means nothing. For diagonal optimisers."""
         ...
 
-    def denominators(self, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-        """``1 / D`` of the latest step of parameters with equal scalars, new tensors; for diagonal optimisers only."""
+    def denominators(
+        self, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]], directions: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """``1 / D`` of the latest step of several parameters; for diagonal optimisers only.
+
+        Args:
+            group: Their group.
+            states: Their states after the step. They have one `ParameterUpdate`, but not always one number of steps.
+            directions: What D multiplied in this step, for rules whose D depends on it: h with ``before_buffer``, and m
+                otherwise. Where ``from_gradient`` is 0, m is a multiple of the buffer and the buffer itself is passed.
+                Not to be changed.
+
+        Returns:
+            New tensors, which the caller may overwrite; infinite where D is 0, and never 0 where the direction is.
+        """
         ...
 
 

@@ -54,7 +54,9 @@ class SGDRule:
         """
         raise TypeError("SGD has no preconditioner")
 
-    def denominators(self, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    def denominators(
+        self, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]], directions: Sequence[Tensor]
+    ) -> list[Tensor]:
         """There are none.
 
         Raises:

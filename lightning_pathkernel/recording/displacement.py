@@ -79,25 +79,17 @@ class ChordDisplacement:
             torch._foreach_add_(_sums(self._coupled, names, before), pulled, alpha=rate)
 
     def step_preconditioned(
-        self,
-        names: Sequence[str],
-        update: ParameterUpdate,
-        buffers: list[Tensor],
-        gradients: list[Tensor],
-        denominators: list[Tensor],
+        self, names: Sequence[str], update: ParameterUpdate, directions: list[Tensor], denominators: list[Tensor]
     ) -> None:
         """Take in one step of parameters with a preconditioner ``D = 1 / denominator``; `remember` came before decay.
 
         Args:
             names: The parameters.
             update: Their scalars.
-            buffers: Their momentum buffers; empty for an optimiser without.
-            gradients: What the optimiser received.
+            directions: Theirs, by `directions`.
             denominators: Overwritten.
         """
-        directions, scale = buffers, update.from_buffer
-        if update.from_gradient:
-            directions, scale = self._combined(names, update, buffers, gradients), 1.0
+        scale = 1.0 if update.from_gradient else update.from_buffer
         torch._foreach_add_(_sums(self._moved, names, directions), directions, alpha=update.rate * scale)
         torch._foreach_maximum_(_sums(self._largest, names, directions), denominators)
         torch._foreach_reciprocal_(denominators)
@@ -107,10 +99,23 @@ class ChordDisplacement:
         torch._foreach_mul_(denominators, moving)
         torch._foreach_maximum_(_sums(self._upper, names, directions), denominators)
 
-    def _combined(
+    def directions(
         self, names: Sequence[str], update: ParameterUpdate, buffers: list[Tensor], gradients: list[Tensor]
     ) -> list[Tensor]:
-        """``from_buffer b + from_gradient (sign g + coupled_decay w)``."""
+        """What D multiplies in one step of some parameters, as `OptimizerRule.denominators` takes it.
+
+        Args:
+            names: The parameters.
+            update: Their scalars.
+            buffers: Their momentum buffers; empty for an optimiser without.
+            gradients: What the optimiser received.
+
+        Returns:
+            ``from_buffer b + from_gradient (sign g + coupled_decay w)``; the buffers themselves where ``from_gradient``
+            is 0.
+        """
+        if not update.from_gradient:
+            return buffers
         out = torch._foreach_mul(gradients, update.from_gradient * update.sign)
         if update.coupled_decay:
             before = [self._before[name] for name in names]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_pathkernel.capture import CaptureError, matrix_shape
 from lightning_pathkernel.network import Network
-from lightning_pathkernel.optim import ParameterUpdate, optimizer_rule
+from lightning_pathkernel.optim import ParameterUpdate, UnsupportedOptimizerError, optimizer_rule
 from lightning_pathkernel.recording.displacement import ChordDisplacement
 
 __all__ = ["OptimizerUpdates"]
@@ -36,10 +36,11 @@ class OptimizerUpdates:
         self._parameters = network.parameters
         self._by_id = {id(p): name for name, p in network.parameters.items()}
         self._seen: set[str] = set()
+        self._directions: dict[str, Tensor] = {}
 
     def decaying(self) -> bool:
         """Whether any group has weight decay."""
-        return any(group["weight_decay"] for group in self.optimizer.param_groups)
+        return any(group.get("weight_decay") for group in self.optimizer.param_groups)
 
     def take(self, displacement: ChordDisplacement, step: int) -> dict[ParameterUpdate, list[str]]:
         """Note the latest step in the chord's running sums.
@@ -61,14 +62,27 @@ class OptimizerUpdates:
                 if displacement.decays(update):
                     displacement.step_decay(names, update)
                 if self.rule.diagonal:
-                    states = [self.optimizer.state[self._parameters[name]] for name in names]
-                    buffers = [b for state in states if (b := self.rule.buffer(state)) is not None]
-                    gradients = [g for name in names if (g := self._parameters[name].grad) is not None]
-                    denominators = self.rule.denominators(group, states)
-                    displacement.step_preconditioned(names, update, buffers, gradients, denominators)
+                    self._precondition(displacement, group, update, names)
                 moved.setdefault(update, []).extend(names)
         displacement.learning_time += float(self.optimizer.param_groups[0]["lr"])
         return moved
+
+    def _precondition(
+        self, displacement: ChordDisplacement, group: Mapping[str, Any], update: ParameterUpdate, names: list[str]
+    ) -> None:
+        """Take in the step of some parameters of one group with equal scalars."""
+        if update.before_buffer:
+            raise UnsupportedOptimizerError(
+                f"{type(self.optimizer).__name__} preconditions its gradients before they enter the momentum buffer: "
+                "such a path cannot be recorded. Use momentum=0."
+            )
+        states = [self.optimizer.state[self._parameters[name]] for name in names]
+        buffers = [b for state in states if (b := self.rule.buffer(state)) is not None]
+        gradients = [g for name in names if (g := self._parameters[name].grad) is not None]
+        directions = displacement.directions(names, update, buffers, gradients)
+        self._directions.update(zip(names, directions, strict=True))
+        denominators = self.rule.denominators(group, states, directions)
+        displacement.step_preconditioned(names, update, directions, denominators)
 
     def _buckets(self, group: Mapping[str, Any], step: int) -> dict[ParameterUpdate, list[str]]:
         """The parameters of a group that have a gradient, by the scalars of their update."""
@@ -98,7 +112,9 @@ class OptimizerUpdates:
         for group in self.optimizer.param_groups if self.rule.diagonal else ():
             for names in self._buckets(group, step).values():
                 states = [self.optimizer.state[self._parameters[name]] for name in names]
-                for name, state, found in zip(names, states, self.rule.denominators(group, states), strict=True):
+                directions = [self._directions[name] for name in names]
+                denominators = self.rule.denominators(group, states, directions)
+                for name, state, found in zip(names, states, denominators, strict=True):
                     out[name] = found.reciprocal() * self.rule.moved(group, state)
         return out
 
