@@ -1,6 +1,6 @@
 """Optimiser rules: the update as a linear map of per-example gradients."""
 
-from lightning_pathkernel.optim import adam, adaptive, sgd  # noqa: F401  (they register their rules)
+from lightning_pathkernel.optim import adam, adaptive, rprop, sgd  # noqa: F401  (they register their rules)
 from lightning_pathkernel.optim.rules import (
     OptimizerRule,
     ParameterUpdate,
