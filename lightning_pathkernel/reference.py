@@ -7,15 +7,27 @@ per-example gradient of every step is kept, so only small networks without buffe
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_pathkernel.reference_optimizers import (
+    ReferenceAdadelta,
+    ReferenceAdagrad,
+    ReferenceAdam,
+    ReferenceAdamax,
+    ReferenceNAdam,
+    ReferenceOptimizer,
+    ReferenceRAdam,
+    ReferenceRMSprop,
+    ReferenceRprop,
+    ReferenceSGD,
+)
+
 __all__ = [
+    "ReferenceAdadelta",
     "ReferenceAdagrad",
     "ReferenceAdam",
     "ReferenceAdamax",
@@ -23,6 +35,7 @@ __all__ = [
     "ReferencePathKernel",
     "ReferenceRAdam",
     "ReferenceRMSprop",
+    "ReferenceRprop",
     "ReferenceSGD",
 ]
 
@@ -32,157 +45,6 @@ OutputFn = Callable[[Tensor], Tensor]
 """``output [K] -> scalar``: what is explained of one query."""
 Batch = tuple[Sequence[int], Tensor, Tensor]
 """Ids, inputs and targets of one optimiser step."""
-
-
-@dataclass(frozen=True)
-class ReferenceSGD:
-    """`torch.optim.SGD`, update equations of its documentation."""
-
-    lr: float
-    momentum: float = 0.0
-    dampening: float = 0.0
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    maximize: bool = False
-
-    def linear_map(self, step: int) -> tuple[float, float, float, float]:
-        """``keep, inject, from_buffer, from_gradient``: ``b = keep b + inject h``, ``m = from_buffer b + ... h``."""
-        inject = 1.0 if step == 0 else 1.0 - self.dampening
-        if self.momentum == 0:
-            return 0.0, 0.0, 0.0, 1.0
-        if self.nesterov:
-            return self.momentum, inject, self.momentum, 1.0
-        return self.momentum, inject, 1.0, 0.0
-
-    def preconditioner(self, gradients: Sequence[Tensor]) -> Tensor:
-        """D of the latest step: ones."""
-        return torch.ones_like(gradients[-1])
-
-    @property
-    def coupled_decay(self) -> float:
-        """Decay added to the gradient."""
-        return self.weight_decay
-
-    @property
-    def decoupled_decay(self) -> float:
-        """Decay applied beside the update."""
-        return 0.0
-
-
-@dataclass(frozen=True)
-class ReferenceAdam:
-    """`torch.optim.Adam` (``decoupled=False``) and `torch.optim.AdamW`, update equations of their documentation."""
-
-    lr: float
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    decoupled: bool = True
-    amsgrad: bool = False
-    maximize: bool = False
-
-    def linear_map(self, step: int) -> tuple[float, float, float, float]:
-        """As `ReferenceSGD.linear_map`, with the bias correction of the step."""
-        beta = self.betas[0]
-        return beta, 1.0 - beta, 1.0 / (1.0 - beta ** (step + 1)), 0.0
-
-    def preconditioner(self, gradients: Sequence[Tensor]) -> Tensor:
-        """D of the latest step, from all gradients so far."""
-        beta = self.betas[1]
-        second, largest = torch.zeros_like(gradients[0]), torch.zeros_like(gradients[0])
-        for gradient in gradients:
-            second = beta * second + (1.0 - beta) * gradient**2
-            largest = torch.maximum(largest, second)
-        corrected = (largest if self.amsgrad else second) / (1.0 - beta ** len(gradients))
-        return 1.0 / (corrected.sqrt() + self.eps)
-
-    @property
-    def coupled_decay(self) -> float:
-        """Decay added to the gradient."""
-        return 0.0 if self.decoupled else self.weight_decay
-
-    @property
-    def decoupled_decay(self) -> float:
-        """Decay applied beside the update."""
-        return self.weight_decay if self.decoupled else 0.0
-
-
-def _decaying_mean(values: Sequence[Tensor], keep: float) -> Tensor:
-    mean = torch.zeros_like(values[0])
-    for value in values:
-        mean = keep * mean + (1.0 - keep) * value
-    return mean
-
-
-@dataclass(frozen=True)
-class ReferenceNAdam(ReferenceAdam):
-    """`torch.optim.NAdam`, update equations of its documentation."""
-
-    momentum_decay: float = 4e-3
-
-    def _momentum(self, step: int) -> float:
-        return self.betas[0] * (1.0 - 0.5 * math.pow(0.96, step * self.momentum_decay))
-
-    def linear_map(self, step: int) -> tuple[float, float, float, float]:
-        """Momentum of this step for the gradient, of the next for the buffer."""
-        now, product = self._momentum(step + 1), math.prod(self._momentum(t + 1) for t in range(step + 1))
-        following = self._momentum(step + 2)
-        beta = self.betas[0]
-        return beta, 1.0 - beta, following / (1.0 - product * following), (1.0 - now) / (1.0 - product)
-
-
-@dataclass(frozen=True)
-class ReferenceRAdam(ReferenceAdam):
-    """`torch.optim.RAdam`, update equations of its documentation."""
-
-    def preconditioner(self, gradients: Sequence[Tensor]) -> Tensor:
-        """1 while the length of the approximated average is at most 5, then rectified."""
-        beta, t = self.betas[1], len(gradients)
-        longest = 2.0 / (1.0 - beta) - 1.0
-        length = longest - 2.0 * t * beta**t / (1.0 - beta**t)
-        if length <= 5.0:
-            return torch.ones_like(gradients[0])
-        second = _decaying_mean([g**2 for g in gradients], beta)
-        adaptive = math.sqrt(1.0 - beta**t) / (second.sqrt() + self.eps)
-        over = (length - 4.0) * (length - 2.0) * longest
-        return math.sqrt(over / ((longest - 4.0) * (longest - 2.0) * length)) * adaptive
-
-
-@dataclass(frozen=True)
-class ReferenceAdamax(ReferenceAdam):
-    """`torch.optim.Adamax`, update equations of its documentation."""
-
-    def preconditioner(self, gradients: Sequence[Tensor]) -> Tensor:
-        """1 over the decaying maximum of the gradients' sizes."""
-        largest = torch.zeros_like(gradients[0])
-        for gradient in gradients:
-            largest = torch.maximum(self.betas[1] * largest, gradient.abs() + self.eps)
-        return 1.0 / largest
-
-
-@dataclass(frozen=True)
-class ReferenceAdagrad(ReferenceSGD):
-    """`torch.optim.Adagrad` without ``lr_decay``, update equations of its documentation."""
-
-    eps: float = 1e-10
-
-    def preconditioner(self, gradients: Sequence[Tensor]) -> Tensor:
-        """1 over the root of the sum of squares."""
-        return 1.0 / (torch.stack([g**2 for g in gradients]).sum(0).sqrt() + self.eps)
-
-
-@dataclass(frozen=True)
-class ReferenceRMSprop(ReferenceSGD):
-    """`torch.optim.RMSprop` without momentum, update equations of its documentation."""
-
-    alpha: float = 0.99
-    eps: float = 1e-8
-    centered: bool = False
-
-    def preconditioner(self, gradients: Sequence[Tensor]) -> Tensor:
-        """1 over the root of the decaying mean of squares, or of the variance."""
-        second, mean = _decaying_mean([g**2 for g in gradients], self.alpha), _decaying_mean(gradients, self.alpha)
-        return 1.0 / ((second - mean**2 if self.centered else second).sqrt() + self.eps)
 
 
 class ReferencePathKernel:
@@ -206,7 +68,7 @@ class ReferencePathKernel:
         module: nn.Module,
         loss: LossFn,
         batches: Sequence[Batch],
-        optimizer: ReferenceSGD | ReferenceAdam,
+        optimizer: ReferenceOptimizer,
         learning_rates: Sequence[float] | None = None,
         max_norm: float | None = None,
         points: int = 8,
@@ -215,7 +77,8 @@ class ReferencePathKernel:
             raise ValueError("the reference has no place for buffers: use a network without them")
         self.module = copy.deepcopy(module).double().eval()
         self.optimizer = optimizer
-        self.rates = list(learning_rates or [optimizer.lr] * len(batches))
+        schedule = learning_rates or [optimizer.lr] * len(batches)
+        self.rates = [optimizer.rate(lr, step) for step, lr in enumerate(schedule)]
         nodes, quadrature = np.polynomial.legendre.leggauss(points)
         self._rule = list(zip((nodes + 1) / 2, quadrature / 2, strict=True))
         self.ids = sorted({int(i) for ids, _, _ in batches for i in ids})
@@ -266,16 +129,17 @@ class ReferencePathKernel:
         """One update, example by example: every example has a momentum buffer of its own, and so has the decay."""
         keep, inject, from_buffer, from_gradient = self.optimizer.linear_map(step)
         rate, diagonal = self.rates[step], self.optimizer.preconditioner(gradients)
-        zero = torch.zeros_like(diagonal)
+        zero, one = torch.zeros_like(diagonal), torch.ones_like(diagonal)
+        before, after = (diagonal, one) if self.optimizer.preconditions_first else (one, diagonal)
         shares = {}
         for example in self.ids:
-            gradient = rows.get(example, zero)
+            gradient = before * rows.get(example, zero)
             self._buffers[example] = keep * self._buffers.get(example, zero) + inject * gradient
             direction = from_buffer * self._buffers[example] + from_gradient * gradient
-            shares[example] = -rate * diagonal * direction
-        pulled = self.optimizer.coupled_decay * self.weights[-1]
+            shares[example] = -rate * after * direction
+        pulled = before * self.optimizer.coupled_decay * self.weights[-1]
         self._decay_buffer = keep * self._decay_buffer + inject * pulled
-        decay = -rate * diagonal * (from_buffer * self._decay_buffer + from_gradient * pulled)
+        decay = -rate * after * (from_buffer * self._decay_buffer + from_gradient * pulled)
         decay = decay - rate * self.optimizer.decoupled_decay * self.weights[-1]
         self.shares.append(shares)
         self.decay.append(decay)

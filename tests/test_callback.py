@@ -277,14 +277,14 @@ def refused(match: str, tmp_path: Path, module: Any = None, options: Any = None,
 
 
 def test_an_optimiser_without_a_rule(tmp_path: Path) -> None:
-    class Rprop(Classifier):
+    class ASGD(Classifier):
         def configure_optimizers(self) -> Any:
-            return torch.optim.Rprop(self.parameters())
+            return torch.optim.ASGD(self.parameters())
 
     refused(
-        "No optimiser rule for Rprop. Supported: Adagrad, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, SGD",
+        "No optimiser rule for ASGD. Supported: Adadelta, Adagrad, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Rprop",
         tmp_path,
-        Rprop(),
+        ASGD(),
     )
     assert not (tmp_path / "run").exists()
 

@@ -18,6 +18,7 @@ from lightning_pathkernel.capture import plan_capture
 from lightning_pathkernel.network import Network
 from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
 from lightning_pathkernel.reference import (
+    ReferenceAdadelta,
     ReferenceAdagrad,
     ReferenceAdam,
     ReferenceAdamax,
@@ -25,6 +26,7 @@ from lightning_pathkernel.reference import (
     ReferencePathKernel,
     ReferenceRAdam,
     ReferenceRMSprop,
+    ReferenceRprop,
     ReferenceSGD,
 )
 from lightning_pathkernel.sketch import SketchSettings
@@ -63,7 +65,9 @@ CASES: dict[str, tuple[Any, dict, float | None]] = {
     "nadam": (torch.optim.NAdam, {"lr": 0.02, "weight_decay": 0.05, "momentum_decay": 0.05}, None),
     "radam": (torch.optim.RAdam, {"lr": 0.02, "betas": (0.9, 0.7), "weight_decay": 0.05}, 0.4),
     "adamax": (torch.optim.Adamax, {"lr": 0.02, "weight_decay": 0.05}, None),
-    "adagrad": (torch.optim.Adagrad, {"lr": 0.1, "weight_decay": 0.05}, None),
+    "adagrad": (torch.optim.Adagrad, {"lr": 0.1, "weight_decay": 0.05, "lr_decay": 0.1}, None),
+    "adadelta": (torch.optim.Adadelta, {"lr": 0.5, "rho": 0.8, "eps": 1e-3, "weight_decay": 0.05}, 0.4),
+    "rprop": (torch.optim.Rprop, {"lr": 0.01}, None),
     "rmsprop": (torch.optim.RMSprop, {"lr": 0.02, "alpha": 0.8, "weight_decay": 0.05}, None),
     "rmsprop, centred": (torch.optim.RMSprop, {"lr": 0.01, "alpha": 0.8, "eps": 1e-3, "centered": True}, 0.4),
 }
@@ -75,8 +79,10 @@ COUPLED = {
 }
 PLAIN = {
     torch.optim.SGD: ReferenceSGD,
+    torch.optim.Adadelta: ReferenceAdadelta,
     torch.optim.Adagrad: ReferenceAdagrad,
     torch.optim.RMSprop: ReferenceRMSprop,
+    torch.optim.Rprop: ReferenceRprop,
 }
 
 

@@ -97,15 +97,16 @@ class Run:
             if self.rule.diagonal:
                 states = [self.optimizer.state[self.parameters[name]] for name in names]
                 buffers = [state["exp_avg"] for state in states if "exp_avg" in state]
-                denominators = self.rule.denominators(group, states)
                 gradients = [self.gradients[-1][name] for name in names]
+                directions = self.displacement.directions(names, update, buffers, gradients)
+                denominators = self.rule.denominators(group, states, directions)
                 for name, d in zip(names, denominators, strict=True):
                     pulled = update.sign * self.gradients[-1][name] + update.coupled_decay * before[name]
                     m = update.from_gradient * pulled
                     if buffers:
                         m += update.from_buffer * self.optimizer.state[self.parameters[name]]["exp_avg"]
                     chord.secants[name].append(torch.where(m == 0, torch.nan, 1 / d))
-                self.displacement.step_preconditioned(names, update, buffers, gradients, denominators)
+                self.displacement.step_preconditioned(names, update, directions, denominators)
             for name in names:
                 self._literally(chord, name, update, before[name])
         self.visits.step(buckets)
