@@ -121,10 +121,10 @@ def _assemble(groups: dict[str, dict[str, Any]], facts: dict[str, Any]) -> Chord
         for name, rows, columns in facts["sketches"]
     }
     stored = groups["rows"]
+    maps = [groups.get(name, {}) for name in _MAPS]
     chord = Chord(
         int(facts["index"]), int(facts["first_step"]), int(facts["last_step"]), float(facts["learning_time"]),
-        stored["example_ids"], stored["rows"], stored["self_inner"], sketches, stored.get("second_stage"),
-        *(groups.get(name, {}) for name in _MAPS),
+        stored["example_ids"], stored["rows"], stored["self_inner"], sketches, stored.get("second_stage"), *maps,
     )  # fmt: skip
     _check_shapes(chord)
     return chord

@@ -33,14 +33,15 @@ def sum_gaps(
         Every parameter of which more is unaccounted for, and the likely causes; None if there is none.
     """
     wrong = []
-    norms = {name: float(p.grad.norm()) for name, p in parameters.items() if p.grad is not None}
+    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    norms = {name: float(gradient.norm()) for name, gradient in gradients.items()}
     largest = max(norms.values(), default=0.0)
     for name, norm in norms.items():
-        parameter = parameters[name]
+        gradient = gradients[name]
         uses = [use.total() for batch in held for use in batch.get(name, ())]
-        captured = torch.stack(uses).sum(0) if uses else torch.zeros_like(parameter).flatten()
-        captured = ranks.total(captured.reshape(parameter.shape) / divisor)
-        gap = float((captured - parameter.grad).norm())
+        captured = torch.stack(uses).sum(0) if uses else torch.zeros_like(gradient).flatten()
+        captured = ranks.total(captured.reshape(gradient.shape) / divisor)
+        gap = float((captured - gradient).norm())
         if gap > rtol * norm and gap > 1e-2 * rtol * largest:
             wrong.append(f"{name!r} ({gap / max(norm, 1e-30):.1%} unaccounted for)")
     if not wrong:

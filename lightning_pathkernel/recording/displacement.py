@@ -70,8 +70,8 @@ class ChordDisplacement:
     def __init__(self, start: Tensors, previous: ChordDisplacement | None = None) -> None:
         self.start = dict(start)
         self.learning_time = 0.0
-        self._coupled = _Pull(previous._coupled.buffers if previous else {})
-        self._foreign = _Pull(previous._foreign.buffers if previous else {})
+        self._coupled: _Pull = _Pull(previous._coupled.buffers if previous else {})
+        self._foreign: _Pull = _Pull(previous._foreign.buffers if previous else {})
         self._before: dict[str, Tensor] = {}
         self._moved: dict[str, Tensor] = {}
         self._largest: dict[str, Tensor] = {}

@@ -81,7 +81,7 @@ class Run:
     def step(self, chord: Chord) -> None:
         group = self.optimizer.param_groups[0]
         self.gradients.append(self._set_gradients())
-        if self.displacement.decay_buffers or group["weight_decay"]:
+        if self.displacement.remembers or group["weight_decay"]:
             self.displacement.remember(self.parameters)
         before = self._weights()
         self.optimizer.step()
@@ -98,7 +98,7 @@ class Run:
                 states = [self.optimizer.state[self.parameters[name]] for name in names]
                 buffers = [state["exp_avg"] for state in states if "exp_avg" in state]
                 gradients = [self.gradients[-1][name] for name in names]
-                directions = self.displacement.directions(names, update, buffers, gradients)
+                directions, factor = self.displacement.directions(names, update, buffers, gradients)
                 denominators = self.rule.denominators(group, states, directions)
                 for name, d in zip(names, denominators, strict=True):
                     pulled = update.sign * self.gradients[-1][name] + update.coupled_decay * before[name]
@@ -106,7 +106,7 @@ class Run:
                     if buffers:
                         m += update.from_buffer * self.optimizer.state[self.parameters[name]]["exp_avg"]
                     chord.secants[name].append(torch.where(m == 0, torch.nan, 1 / d))
-                self.displacement.step_preconditioned(names, update, directions, denominators)
+                self.displacement.step_preconditioned(names, update.rate * factor, directions, denominators)
             for name in names:
                 self._literally(chord, name, update, before[name])
         self.visits.step(buckets)
@@ -121,7 +121,7 @@ class Run:
         chord.decoupled[name] = chord.decoupled[name] + u.decay_rate * before
 
     def chord(self, steps: int) -> Chord:
-        chord = Chord(DisplacementParts({}, {}, {}, {}), zeros(), zeros(), zeros())
+        chord = Chord(DisplacementParts({}, {}, {}, {}, {}), zeros(), zeros(), zeros())
         for _ in range(steps):
             self.step(chord)
             self.displacement.parts(self._weights())
@@ -129,8 +129,10 @@ class Run:
         for j, name in enumerate(SHAPES):
             rows = zip(self.visits.weights[:, j].tolist(), self.gradients, strict=True)
             chord.weighted[name] = sum((w * g[name] for w, g in rows), torch.zeros(SHAPES[name], dtype=torch.float64))
-        self.gradients = [self.gradients[i] for i in self.visits.close()]
-        self.displacement = ChordDisplacement(self._weights(), self.displacement.decay_buffers)
+        alive = self.visits.alive()
+        self.gradients = [self.gradients[i] for i in alive]
+        self.visits.keep(alive, chord_closed=True)
+        self.displacement = ChordDisplacement(self._weights(), self.displacement)
         return chord
 
 
@@ -272,12 +274,12 @@ def test_a_schedule_of_learning_rate_and_momentum() -> None:
     """As OneCycleLR does it: all scalars change in mid-chord."""
     run = Run(sgd(momentum=0.9, weight_decay=0.3))
     for _ in range(3):
-        chord = Chord(DisplacementParts({}, {}, {}, {}), zeros(), zeros(), zeros())
+        chord = Chord(DisplacementParts({}, {}, {}, {}, {}), zeros(), zeros(), zeros())
         for j in range(4):
             run.optimizer.param_groups[0].update(lr=0.02 * (j + 1), momentum=0.95 - 0.05 * j)
             run.step(chord)
         parts = run.displacement.parts(run._weights())
-        run.displacement = ChordDisplacement(run._weights(), run.displacement.decay_buffers)
+        run.displacement = ChordDisplacement(run._weights(), run.displacement)
         for p in SHAPES:
             close(parts.decay[p], -chord.coupled[p])
             close(parts.delta[p], -chord.coupled[p] - chord.attributed[p])

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from lightning_pathkernel.capture.gradients import DenseGradient, OuterGradient, PerExampleGradient, VectorGradient
 from lightning_pathkernel.recording.arena import Arena
-from lightning_pathkernel.recording.rows import StepRows, carry_over, weighted
+from lightning_pathkernel.recording.carry import carried as carried_steps
+from lightning_pathkernel.recording.carry import reexpress
+from lightning_pathkernel.recording.ranks import Ranks
+from lightning_pathkernel.recording.rows import RecordedStep, StepRows, summed, visited, weighted
 from lightning_pathkernel.sketch import KroneckerSketch
 
 R, C, K = 7, 9, 4
@@ -93,11 +96,23 @@ def test_rows_of_many_steps_are_those_sketched_one_by_one(block: int, dtype: tor
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_clipping_multiplies_the_rows() -> None:
-    sketches, uses = basis(0), gradients(0, 5)
-    rows = added(Arena(1 << 12), sketches, uses, 5)
-    rows.coefficient = 0.25
-    torch.testing.assert_close(rows.features(sketches), 0.25 * unpacked(sketches, uses, 5))
+def test_rows_held_back_are_those_taken_in_at_once_and_may_move() -> None:
+    """Some parameters' sketches are known in the backward pass, the others' only at the step."""
+    sketches, uses, rows = basis(0), gradients(0, 5), StepRows(torch.arange(5), Arena(16))
+    for name, parts in uses.items():
+        for part in parts:
+            if name == "both":
+                rows.add(name, sketches[name], part)
+            else:
+                rows.held.setdefault(name, []).append(part)
+    rows.close()
+    rows.settle(sketches, ["right", "whole"])
+    rows.settle(sketches, ["bias"])
+    assert not rows.held
+    torch.testing.assert_close(rows.features(sketches), unpacked(sketches, uses, 5))
+    rows.move(Arena(64))
+    torch.testing.assert_close(rows.features(sketches), unpacked(sketches, uses, 5))
+    assert rows.ids.tolist() == list(range(5))
 
 
 def test_rows_do_not_change_with_the_tensors_they_came_from() -> None:
@@ -118,28 +133,41 @@ def test_weighted_rows_are_each_parameters_share() -> None:
     sketches, arena = basis(0), Arena(64)
     weights = np.random.default_rng(0).standard_normal((3, len(sketches)))
     batches = [[gradients(0, 4)], [gradients(1, 2), gradients(2, 3)], [gradients(3, 1)]]
-    steps = [[added(arena, sketches, uses, uses["bias"][0].n) for uses in step] for step in batches]
-    found, at = weighted(steps, weights, sketches), 0
-    for step, weight in zip(batches, weights, strict=True):
-        scale = torch.from_numpy(np.repeat(-weight, [s.features for s in sketches.values()]))
+    clipping = [1.0, 0.25, 3.0]
+    steps = [
+        RecordedStep([added(arena, sketches, uses, uses["bias"][0].n) for uses in step], factor)
+        for step, factor in zip(batches, clipping, strict=True)
+    ]
+    found, expected = iter(weighted(steps, weights, sketches)), torch.zeros(4, sum(s.features for s in sketches.values()))
+    expected = expected.double()
+    for step, weight, factor in zip(batches, weights, clipping, strict=True):
+        scale = factor * torch.from_numpy(np.repeat(-weight, [s.features for s in sketches.values()]))
         for uses in step:
             n = uses["bias"][0].n
-            torch.testing.assert_close(found[at : at + n], unpacked(sketches, uses, n) * scale)
-            at += n
-    assert len(found) == at
+            ids, rows = next(found)
+            torch.testing.assert_close(rows, unpacked(sketches, uses, n) * scale)
+            expected[ids] += rows
+    assert next(found, None) is None
+    ids = visited(steps)
+    assert ids.tolist() == [0, 1, 2, 3]
+    torch.testing.assert_close(summed(ids, weighted(steps, weights, sketches), expected.shape[1:], expected), expected)
 
 
 def carried(momentum: Mapping[str, Tensor], shares: np.ndarray, overwrite: bool = True) -> tuple[Tensor, list[Tensor]]:
     """Two steps carried to the next chord's basis, whose own rows then fill the arena; and both steps' old rows."""
     arena, old, new = Arena(64), basis(0), basis(50)
-    steps = [[added(arena, old, gradients(0, 4), 4)], [added(arena, old, gradients(1, 3), 3)]]
-    before = [step[0].features(old) for step in steps]
-    after = carry_over(steps, shares, momentum, old, new)
+    steps = [RecordedStep([added(arena, old, gradients(0, 4), 4)]), RecordedStep([added(arena, old, gradients(1, 3), 3)])]
+    before = [step.parts[0].features(old) for step in steps]
+    after = carried_steps(steps, old)
     arena.reset()
+    columns = {name: shares[:, j] for j, name in enumerate(old)}
+    for names in (("both", "bias"), ("right", "whole", "unused")):  # parameters may follow at different steps
+        some = {name: old[name] for name in names}
+        reexpress(after, columns, momentum, some, new, Ranks())
     if overwrite:
         for i in range(4):
             added(arena, new, gradients(9 + i, 8), 8)
-    return torch.cat([step[0].features(new) for step in after]), before
+    return torch.cat([step.parts[0].features(new) for step in after]), before
 
 
 def test_rows_carried_over_outlive_the_arenas_reset() -> None:

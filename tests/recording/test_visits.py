@@ -93,6 +93,13 @@ def follow(visits: VisitWeights, steps: list[Step], chord: range, rows: list[int
     return [*rows, *chord]
 
 
+def closed(visits: VisitWeights) -> npt.NDArray[np.intp]:
+    """End a chord; the steps that go on."""
+    alive = visits.alive()
+    visits.keep(alive, chord_closed=True)
+    return alive
+
+
 CHORDS = [range(1), range(1, 6), range(6, 45), range(45, 50)]
 """One of a single step, and one that outgrows the arrays."""
 
@@ -110,7 +117,7 @@ def test_weights_are_the_double_sum(name: str, moves: float) -> None:
         if name != "sgd":
             held = table(lambda r, p, last=chord[-1]: share(steps, r, last, p), rows)
             np.testing.assert_allclose(visits.buffered, held, rtol=1e-12, atol=1e-15)
-        rows = [rows[i] for i in visits.close()]
+        rows = [rows[i] for i in closed(visits)]
 
 
 def test_a_parameter_that_sits_out_a_step_has_weight_zero_there_and_keeps_its_buffer() -> None:
@@ -121,17 +128,17 @@ def test_a_parameter_that_sits_out_a_step_has_weight_zero_there_and_keeps_its_bu
     np.testing.assert_allclose(visits.weights[:, 0], [0.5 * 2.71, 0.5 * 1.9, 0.5])
     np.testing.assert_allclose(visits.weights[:, 1], [0.5, 0, 0])
     np.testing.assert_allclose(visits.buffered[:, 1], [1, 0, 0])
-    assert visits.close().tolist() == [0, 1, 2]
+    assert closed(visits).tolist() == [0, 1, 2]
 
 
 def test_closing_starts_from_zero_and_lets_go_of_what_no_buffer_holds() -> None:
     visits = VisitWeights(NAMES)
     follow(visits, history(sgd(), 5, 1.0), range(5), [])
-    assert visits.close().tolist() == []
+    assert closed(visits).tolist() == []
     assert visits.weights.shape == (0, 3)
     steps = history(sgd(0.9), 5, 1.0)
     follow(visits, steps, range(5), [])
-    assert visits.close().tolist() == [0, 1, 2, 3, 4]
+    assert closed(visits).tolist() == [0, 1, 2, 3, 4]
     np.testing.assert_array_equal(visits.weights, np.zeros((5, 3)))
 
 
@@ -145,7 +152,7 @@ def test_the_horizon_lets_go_of_less_than_it_says(name: str) -> None:
         rows = follow(visits, steps, chord, rows)
         expected = table(lambda r, p, chord=chord: weight(steps, r, chord, p), rows)
         np.testing.assert_allclose(visits.weights, expected, rtol=1e-12)
-        kept = [rows[i] for i in visits.close()]
+        kept = [rows[i] for i in closed(visits)]
         for r in rows:
             held = share(steps, r, chord[-1], "a") / share(steps, r, r, "a")
             assert (r in kept) == (held > horizon), (r, held)
@@ -159,5 +166,32 @@ def test_a_step_stays_as_long_as_one_parameter_holds_it() -> None:
     visits = VisitWeights(NAMES)
     steps = [first, *[later] * 30]
     follow(visits, steps, range(31), [])
-    assert 0 in visits.close(), "c has not moved since step 0"
+    assert 0 in closed(visits), "c has not moved since step 0"
     assert visits.buffered[0].tolist() == [0.5**30, 0.5**30, 1.0]
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam"])
+def test_steps_that_are_let_go_of_within_a_chord_had_their_final_weight(name: str) -> None:
+    steps = history(RULES[name], 150, 1.0)
+    whole, parts = VisitWeights(NAMES), VisitWeights(NAMES)
+    follow(whole, steps, range(150), [])
+    rows: list[int] = []
+    final = np.zeros((150, 3))
+    for chord in (range(80), range(80, 130), range(130, 150)):
+        rows = follow(parts, steps, chord, rows)
+        for at, r in enumerate(rows):
+            final[r] = parts.weights[at]
+        alive = parts.alive()
+        parts.keep(alive, chord_closed=False)
+        rows = [rows[i] for i in alive]
+    assert len(rows) < 70
+    np.testing.assert_allclose(final, whole.weights, rtol=2e-3)
+
+
+def test_a_parameter_that_comes_later_has_weight_zero_before() -> None:
+    visits, rule = VisitWeights(["a"]), sgd(0.9)
+    visits.step({rule(0, 0.5): ["a"]})
+    visits.extend(["b"])
+    visits.step({rule(1, 0.5): ["a", "b"]})
+    np.testing.assert_allclose(visits.weights, [[0.95, 0], [0.5, 0.5]])
+    assert visits.newest() == {"a": 1.0, "b": 1.0}
