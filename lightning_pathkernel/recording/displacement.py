@@ -165,13 +165,15 @@ class ChordDisplacement:
             denominators: Overwritten; infinite where D is 0.
         """
         torch._foreach_add_(_sums(self._moved, names, directions), directions, alpha=rate)
-        torch._foreach_maximum_(_sums(self._largest, names, directions), denominators)
-        torch._foreach_reciprocal_(denominators)
         # a coordinate that does not move in this step has a D that may mean nothing: it must not bound the secant
         moving = torch._foreach_sign(directions)
         torch._foreach_abs_(moving)
-        torch._foreach_mul_(denominators, moving)
-        torch._foreach_maximum_(_sums(self._upper, names, directions), denominators)
+        inverses = torch._foreach_reciprocal(denominators)
+        torch._foreach_mul_(inverses, moving)
+        torch._foreach_maximum_(_sums(self._upper, names, directions), inverses)
+        for denominator, moves in zip(denominators, moving, strict=True):
+            denominator.nan_to_num_(nan=0.0, posinf=torch.finfo(denominator.dtype).max).mul_(moves)
+        torch._foreach_maximum_(_sums(self._largest, names, directions), denominators)
 
     def parts(self, end: Tensors) -> DisplacementParts:
         """The parts of the displacement from the start to ``end``; may be asked before the chord closes."""
@@ -205,7 +207,7 @@ class ChordDisplacement:
         moved, upper = self._moved[name], self._upper[name]
         own = delta - self._decoupled[name] if name in self._decoupled else delta
         ratio = torch.where(moved == 0, torch.zeros_like(moved), -own / moved)
-        lower = torch.minimum(self._largest[name].reciprocal(), upper)
+        lower = torch.minimum(self._largest[name].reciprocal(), upper)  # 0 where nothing moved: upper is
         return torch.minimum(torch.maximum(ratio, lower), upper)
 
 

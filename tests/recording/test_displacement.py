@@ -81,7 +81,7 @@ class Run:
     def step(self, chord: Chord) -> None:
         group = self.optimizer.param_groups[0]
         self.gradients.append(self._set_gradients())
-        if self.displacement.remembers or group["weight_decay"]:
+        if self.displacement.remembers or group.get("weight_decay"):
             self.displacement.remember(self.parameters)
         before = self._weights()
         self.optimizer.step()
@@ -171,6 +171,8 @@ ADAM = {
     "adamax": adam(torch.optim.Adamax),
     "adagrad": adam(torch.optim.Adagrad, lr_decay=0.1),
     "adagrad, coupled decay": adam(torch.optim.Adagrad, weight_decay=0.1),
+    "adadelta": adam(torch.optim.Adadelta, lr=0.5, rho=0.8),
+    "adadelta, coupled decay": adam(torch.optim.Adadelta, lr=0.5, weight_decay=0.1),
     "rmsprop": adam(torch.optim.RMSprop, alpha=0.8),
     "rmsprop, centred": adam(torch.optim.RMSprop, alpha=0.8, centered=True),
     "adam, maximize": adam(torch.optim.Adam, maximize=True, weight_decay=0.1),
