@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.chord_io import read_chord
@@ -32,9 +33,12 @@ def read_machine(path: str | Path, module: nn.Module) -> tuple[nn.Module, list[C
     manifest = read_manifest(directory)
     check_module(module, manifest["module"])
     private = _copy(module)
+    for name, parameter in private.named_parameters():
+        parameter.requires_grad_(bool(manifest["module"]["parameters"][name]["trainable"]))
     constants, _ = read_tensors(directory / CONSTANTS)
     load_constants(private, constants)
     chords = [read_chord(directory / name) for name in manifest["chords"]]
+    chords = _with_frozen(chords)
     step = 0
     for name, chord in zip(manifest["chords"], chords, strict=True):
         if chord.first_step != step or chord.last_step <= step:
@@ -42,6 +46,16 @@ def read_machine(path: str | Path, module: nn.Module) -> tuple[nn.Module, list[C
         step = chord.last_step
         check_state(private, chord.start, chord.start_buffers)
     return private, chords
+
+
+def _with_frozen(chords: list[Chord]) -> list[Chord]:
+    """Parameters that began to learn in a later chord stand in the earlier ones as they stood at its start."""
+    out: list[Chord] = []
+    later: dict[str, Tensor] = {}
+    for chord in reversed(chords):
+        out.append(replace(chord, start={**later, **chord.start}))
+        later.update(chord.start)
+    return out[::-1]
 
 
 def _copy(module: nn.Module) -> nn.Module:

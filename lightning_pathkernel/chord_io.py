@@ -12,9 +12,9 @@ from lightning_pathkernel.capture import matrix_shape
 from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.network import Tensors
 from lightning_pathkernel.sketch import KroneckerSketch
-from lightning_pathkernel.store import ArtifactError, read_group, write_group
+from lightning_pathkernel.store import ArtifactError, read_group, tensor_names, write_group
 
-__all__ = ["chord_name", "merged_chord", "read_chord", "write_chord"]
+__all__ = ["chord_name", "chord_parameters", "merged_chord", "read_chord", "write_chord"]
 
 _MAPS = ("start", "delta", "start_buffers", "end_buffers", "preconditioner", "decay", "residual")
 _FACTORS = ("train_left", "train_right", "query_left", "query_right")
@@ -56,6 +56,21 @@ def write_chord(directory: Path, chord: Chord, rank: int = 0) -> Path:
         "sketches": [[name, sketch.rows, sketch.columns] for name, sketch in chord.sketches.items()],
     }
     return write_group(directory / chord_name(chord.index), groups, facts)
+
+
+def chord_parameters(path: Path) -> list[str]:
+    """Names of the parameters that a chord's file moves, from its header alone.
+
+    Args:
+        path: A chord's file.
+
+    Returns:
+        The names.
+
+    Raises:
+        ArtifactError: If it is no such file.
+    """
+    return [name.removeprefix("start/") for name in tensor_names(path) if name.startswith("start/")]
 
 
 def rank_name(rank: int) -> str:
@@ -121,7 +136,7 @@ def _assemble(groups: dict[str, dict[str, Any]], facts: dict[str, Any]) -> Chord
         for name, rows, columns in facts["sketches"]
     }
     stored = groups["rows"]
-    maps = [groups.get(name, {}) for name in _MAPS]
+    maps: list[Any] = [groups.get(name, {}) for name in _MAPS]
     chord = Chord(
         int(facts["index"]), int(facts["first_step"]), int(facts["last_step"]), float(facts["learning_time"]),
         stored["example_ids"], stored["rows"], stored["self_inner"], sketches, stored.get("second_stage"), *maps,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_pathkernel.chord_io import chord_name, merged_chord, write_chord
+from lightning_pathkernel.chord_io import chord_name, chord_parameters, merged_chord, write_chord
 from lightning_pathkernel.fingerprint import CONSTANTS, constants, describe_module
 from lightning_pathkernel.store import (
     FORMAT,
@@ -26,6 +26,7 @@ from lightning_pathkernel.store import (
     publish,
     publish_json,
     publish_tensors,
+    read_tensors,
 )
 
 __all__ = ["RECORDING", "KernelMachineExporter", "open_recording", "record_metrics"]
@@ -126,7 +127,18 @@ class KernelMachineExporter:
                 write_chord(staged, merged_chord(self.directory, index, ranks))
             else:
                 _place(self.directory / name, staged / name)
-        for name in [CONSTANTS, *([METRICS] if (self.directory / METRICS).is_file() else [])]:
+        module, thawed = self.facts["module"], []
+        for name in chord_parameters(staged / self.chords[-1]):
+            if not module["parameters"][name]["trainable"]:
+                thawed.append(name)
+                module["parameters"][name]["trainable"] = True
+        if thawed:
+            values, _ = read_tensors(self.directory / CONSTANTS)
+            kept = {name: value for name, value in values.items() if name not in thawed}
+            publish_tensors(staged / CONSTANTS, kept, {"format": "pt"})
+        else:
+            _place(self.directory / CONSTANTS, staged / CONSTANTS)
+        for name in [*([METRICS] if (self.directory / METRICS).is_file() else [])]:
             _place(self.directory / name, staged / name)
         publish(staged / "README.md", lambda path: _write(path, self._card()))
         manifest = {
@@ -135,7 +147,8 @@ class KernelMachineExporter:
             "required_features": [],
             "chords": self.chords,
             "files": file_table(staged),
-            **{k: self.facts[k] for k in ("module", "optimizer", "settings")},
+            "module": module,
+            **{k: self.facts[k] for k in ("optimizer", "settings")},
             "libraries": {"torch": torch.__version__},
         }
         publish_json(staged / MANIFEST, manifest)

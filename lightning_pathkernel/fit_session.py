@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -181,7 +182,9 @@ class FitSession:
         """
         self.recorder.close_chord()
         barrier()
-        if self._ranks.rank == 0:
+        if not self.recorder.steps:
+            warnings.warn("PathKernelCallback: no optimiser step was made, so there is no machine.", stacklevel=2)
+        elif self._ranks.rank == 0:
             record_metrics(self.recording_dir, self.history)
             if self._options.export:
                 KernelMachineExporter(self.recording_dir).export(self.machine_dir)

@@ -150,6 +150,8 @@ class _Whole:
         self.parts: dict[str, Tensor] = {}
 
     def __call__(self, name: str, gradient: PerExampleGradient) -> None:
+        if name not in self._chord.delta:  # frozen at the time
+            return
         part = gradient.dense()
         if name in self._chord.preconditioner:
             diagonal = self._chord.preconditioner[name]

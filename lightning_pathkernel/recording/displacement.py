@@ -171,8 +171,8 @@ class ChordDisplacement:
         inverses = torch._foreach_reciprocal(denominators)
         torch._foreach_mul_(inverses, moving)
         torch._foreach_maximum_(_sums(self._upper, names, directions), inverses)
-        for denominator, moves in zip(denominators, moving, strict=True):
-            denominator.nan_to_num_(nan=0.0, posinf=torch.finfo(denominator.dtype).max).mul_(moves)
+        torch._foreach_clamp_max_(denominators, torch.finfo(denominators[0].dtype).max)
+        torch._foreach_mul_(denominators, moving)
         torch._foreach_maximum_(_sums(self._largest, names, directions), denominators)
 
     def parts(self, end: Tensors) -> DisplacementParts:

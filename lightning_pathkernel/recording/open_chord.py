@@ -38,7 +38,6 @@ class OpenChord:
     Args:
         network: The network in training.
         ranks: The processes that train it.
-        fold: Numbers kept of single visits before they are added up by example.
 
     Attributes:
         index: Its place on the path.
@@ -48,10 +47,9 @@ class OpenChord:
         fitted: Parameters whose sketch is this chord's.
     """
 
-    def __init__(self, network: Network, ranks: Ranks, fold: int = _FOLD) -> None:
+    def __init__(self, network: Network, ranks: Ranks) -> None:
         self._network = network
         self._ranks = ranks
-        self._fold = fold
         self._arenas = (Arena(), Arena())
         self._visits = VisitWeights(list(network.parameters))
         self._steps: list[RecordedStep] = []
@@ -106,7 +104,7 @@ class OpenChord:
 
     def fold(self) -> None:
         """Add up by example the visits whose weights are final, once single ones take too much memory."""
-        if self._kept < self._fold:
+        if self._kept < _FOLD:
             return
         alive = self._visits.alive()
         final = np.setdiff1d(np.arange(len(self._steps)), alive)

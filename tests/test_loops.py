@@ -1,0 +1,457 @@
+"""What real training loops do between a loss and a step: manual optimisation, several optimisers, scaling, clipping."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import BackboneFinetuning, BaseFinetuning, StochasticWeightAveraging, WeightAveraging
+from pytorch_lightning.plugins import MixedPrecision
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from lightning_pathkernel import KernelMachine, PathKernelCallback
+from lightning_pathkernel.capture import CaptureError
+from tests.helpers import Classifier, digits, fit
+
+
+def recorder(root: Path, **options: Any) -> PathKernelCallback:
+    return PathKernelCallback(**{"dirpath": str(root / "run"), "nodes": 8, "probes": 100, "sketch_dim": 512, **options})
+
+
+def plain_and_recorded(
+    make: Any, tmp_path: Path, options: dict[str, Any] | None = None, **trainer: Any
+) -> tuple[pl.LightningModule, KernelMachine, pl.Trainer]:
+    """Fit with and without the callback: bit-identical, or the test fails."""
+    torch.manual_seed(3)
+    module, plain = make(), None
+    plain = copy.deepcopy(module)
+    callbacks = trainer.pop("callbacks", lambda: [])
+    fit(plain, callbacks(), tmp_path, **trainer)
+    path_kernel = recorder(tmp_path, **(options or {}))
+    trained = fit(module, [path_kernel, *callbacks()], tmp_path, **trainer)
+    for (name, a), b in zip(plain.state_dict().items(), module.state_dict().values(), strict=True):
+        assert torch.equal(a, b), f"{name} differs by {(a - b).abs().max()}"
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+    forward_fn = (options or {}).get("forward_fn")
+    return module, KernelMachine.load(path_kernel.machine_dir, make(), forward_fn=forward_fn), trained
+
+
+def closes(machine: KernelMachine, module: pl.LightningModule, rtol: float = 1e-4) -> dict[str, float]:
+    """The ledger adds up to the trained network's outputs; the machine's fidelity."""
+    x, y = digits()[1].tensors
+    why = machine.explain(x[:30], target=y[:30], top_k=3)
+    with torch.no_grad():
+        outputs = machine._network.forward_fn(module.eval(), [x[:30], y[:30]])
+    expected = outputs.gather(1, y[:30, None])[:, 0]
+    gap = (sum(why.ledger.values()) - expected).abs().max() / outputs.abs().max()
+    assert float(gap) < rtol, f"the ledger misses the network by {gap:.2e}"
+    return machine.fidelity(DataLoader(digits()[1], 50))
+
+
+# manual optimisation
+
+
+class Manual(Classifier):
+    """One of several ways to step by hand."""
+
+    def __init__(self, way: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.way = way
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        getattr(self, self.way)(batch, batch_idx)
+
+    def loss(self, batch: Any) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def once(self, batch: Any, batch_idx: int) -> None:
+        self.optimizers().zero_grad()
+        self.manual_backward(self.loss(batch))
+        self.optimizers().step()
+
+    def clipped(self, batch: Any, batch_idx: int) -> None:
+        self.optimizers().zero_grad()
+        self.manual_backward(self.loss(batch))
+        self.clip_gradients(self.optimizers(), 0.3, "norm")
+        self.optimizers().step()
+
+    def two_losses(self, batch: Any, batch_idx: int) -> None:
+        """Two backward passes through one graph."""
+        self.optimizers().zero_grad()
+        outputs = self(batch[0])
+        self.manual_backward(F.cross_entropy(outputs, batch[1]), retain_graph=True)
+        self.manual_backward(0.01 * outputs.square().mean())
+        self.optimizers().step()
+
+    def several_steps(self, batch: Any, batch_idx: int) -> None:
+        for _ in range(3):
+            self.once(batch, batch_idx)
+
+    def same_gradient_twice(self, batch: Any, batch_idx: int) -> None:
+        self.once(batch, batch_idx)
+        self.optimizers().step()
+
+    def own_accumulation(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(self.loss(batch) / 3)
+        if batch_idx % 3 == 2:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+    def zeroed_in_place(self, batch: Any, batch_idx: int) -> None:
+        self.optimizers().zero_grad(set_to_none=False)
+        self.manual_backward(self.loss(batch))
+        self.optimizers().step()
+
+    def gradient_penalty(self, batch: Any, batch_idx: int) -> None:
+        """A gradient taken by the training step itself, for a number that is only logged."""
+        x = batch[0].clone().requires_grad_()
+        loss = F.cross_entropy(self(x), batch[1])
+        (inner,) = torch.autograd.grad(loss, x, retain_graph=True)
+        self.log("steepness", inner.norm())
+        self.optimizers().zero_grad()
+        self.manual_backward(loss)
+        self.optimizers().step()
+
+
+WAYS = [
+    "once", "clipped", "two_losses", "several_steps", "same_gradient_twice", "own_accumulation", "zeroed_in_place",
+    "gradient_penalty",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_manual_optimisation(way: str, tmp_path: Path) -> None:
+    rate = {"lr": 0.04, "momentum": 0.5} if way != "same_gradient_twice" else {"lr": 0.04}
+    module, machine, trainer = plain_and_recorded(lambda: Manual(way, **rate), tmp_path)
+    found = closes(machine, module)
+    assert found["fidelity"] > 0.97, found
+    assert found["error_unattributed"] < 1e-3, found
+    assert machine.chords[-1].last_step == trainer.global_step
+
+
+def test_a_backward_pass_past_lightning_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    class Direct(Manual):
+        def once(self, batch: Any, batch_idx: int) -> None:
+            self.optimizers().zero_grad()
+            self.loss(batch).backward()
+            self.optimizers().step()
+
+    module = Direct("once")
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(CaptureError, match=r"the hooks did not fire. Call self\.manual_backward\(loss\)"):
+        fit(module, [recorder(tmp_path)], tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), module.state_dict().values(), strict=True))
+
+
+def test_gradients_used_again_across_a_node_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CaptureError, match="used gradients again that an earlier step had used, across a node"):
+        fit(Manual("same_gradient_twice"), [recorder(tmp_path, nodes=20)], tmp_path)
+
+
+class Critic(pl.LightningModule):
+    """A small GAN on the digits: two optimisers, one path. Outputs are the critic's of real images, and both networks'."""
+
+    def __init__(self, toggle: bool = False) -> None:
+        super().__init__()
+        self.generator = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 64))
+        self.critic = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 1))
+        self.automatic_optimization = False
+        self.toggle = toggle
+
+    def forward(self, x: Tensor) -> Tensor:
+        fake = self.generator(x[:, 0, 2:4, 2:4].flatten(1))
+        return torch.cat([self.critic(x), self.critic(fake), fake[:, 20:24]], 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        generator, critic = self.optimizers()
+        noise = torch.randn(len(batch[0]), 4)
+        ones = torch.ones(len(noise), 1)
+        if self.toggle:
+            self.toggle_optimizer(critic)
+        fake = self.generator(noise)
+        real_loss = F.binary_cross_entropy_with_logits(self.critic(batch[0]), ones)
+        fake_loss = F.binary_cross_entropy_with_logits(self.critic(fake.detach()), 0 * ones)
+        critic.zero_grad()
+        self.manual_backward(real_loss + fake_loss)
+        critic.step()
+        if self.toggle:
+            self.untoggle_optimizer(critic)
+            self.toggle_optimizer(generator)
+        generator.zero_grad()
+        self.manual_backward(F.binary_cross_entropy_with_logits(self.critic(self.generator(noise)), ones))
+        generator.step()
+        if self.toggle:
+            self.untoggle_optimizer(generator)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def configure_optimizers(self) -> Any:
+        return [
+            torch.optim.AdamW(self.generator.parameters(), lr=2e-3, betas=(0.5, 0.9)),
+            torch.optim.SGD(self.critic.parameters(), lr=0.05, momentum=0.5),
+        ]
+
+
+@pytest.mark.parametrize("toggle", [False, True])
+def test_two_optimisers_make_one_path_and_one_ledger(toggle: bool, tmp_path: Path) -> None:
+    module, machine, trainer = plain_and_recorded(lambda: Critic(toggle), tmp_path, {"nodes": 16})
+    x = digits()[1].tensors[0][:30]
+    with torch.no_grad():
+        outputs = module.eval()(x)
+    for k in range(outputs.shape[1]):
+        why = machine.explain(x, target=torch.full((30,), k), top_k=2)
+        torch.testing.assert_close(sum(why.ledger.values()), outputs[:, k], rtol=1e-4, atol=1e-5)
+    found = machine.fidelity([x])
+    assert found["fidelity"] > 0.98, found
+    assert found["error_unattributed"] < 0.05, found
+    assert machine.chords[-1].last_step == trainer.global_step == 40
+
+
+# clipping by value, precision
+
+
+def test_clipping_by_value_leaves_the_difference_unattributed(tmp_path: Path, caplog: Any) -> None:
+    options = {"gradient_clip_val": 0.005, "gradient_clip_algorithm": "value"}
+    module, machine, _ = plain_and_recorded(lambda: Classifier(momentum=0.9), tmp_path, {"sketch_dim": 2048}, **options)
+    found = closes(machine, module)
+    assert found["error_unattributed"] > 0.05, found
+    assert found["error_sketch"] < 0.1, found
+    assert "is left unattributed" in caplog.text
+    residual = [chord.residual for chord in machine.chords]
+    assert all(residual)
+
+
+def test_gentle_clipping_by_value_changes_nothing(tmp_path: Path) -> None:
+    options = {"gradient_clip_val": 50.0, "gradient_clip_algorithm": "value"}
+    module, machine, _ = plain_and_recorded(Classifier, tmp_path, **options)
+    found = closes(machine, module)
+    assert found["fidelity"] > 0.97
+    assert found["error_unattributed"] == 0.0
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_bfloat16(optimizer: str, tmp_path: Path) -> None:
+    module, machine, _ = plain_and_recorded(lambda: Classifier(optimizer), tmp_path, precision="bf16-mixed")
+    found = closes(machine, module)
+    assert found["fidelity"] > 0.96, found
+
+
+class Spike(pl.Callback):
+    """Makes some losses overflow float16."""
+
+    def __init__(self, at: set[int]) -> None:
+        self.at = at
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        pl_module.factor = 1e30 if batch_idx in self.at else 1.0
+
+
+class Scaled(Classifier):
+    factor = 1.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * self.factor
+
+
+def half() -> MixedPrecision:
+    return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=4))
+
+
+@pytest.mark.parametrize("clip", [None, 0.4])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_float16_with_skipped_steps(clip: float | None, accumulate: int, tmp_path: Path) -> None:
+    """The scale is in every captured gradient, changes during the fit, and steps that overflow leave no trace."""
+    seen: list[float] = []
+
+    class Scale(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            seen.append(float(trainer.precision_plugin.scaler.get_scale()))
+
+    sides = []
+    torch.manual_seed(3)
+    first = Scaled(momentum=0.9, lr=0.03)
+    for recorded in (False, True):
+        module, path_kernel = copy.deepcopy(first), recorder(tmp_path)
+        callbacks = [Spike({3, 6}), Scale(), *([path_kernel] if recorded else [])]
+        trainer = fit(
+            module, callbacks, tmp_path, plugins=[half()], gradient_clip_val=clip, accumulate_grad_batches=accumulate
+        )
+        sides.append(module)
+    for (name, a), b in zip(sides[0].state_dict().items(), sides[1].state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert len(set(seen)) > 2, "the scale never changed"
+    machine = KernelMachine.load(path_kernel.machine_dir, copy.deepcopy(first))
+    found = closes(machine, sides[1])
+    assert found["fidelity"] > 0.97, found
+    skipped = trainer.global_step - machine.chords[-1].last_step
+    assert skipped == 4
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_float16_with_a_fused_optimiser(fused: bool, tmp_path: Path) -> None:
+    """A fused optimiser takes the scale out by itself, and is called when a step is to be skipped."""
+    torch.manual_seed(3)
+    module, path_kernel = Scaled("adamw", fused=fused), recorder(tmp_path, nodes=12)
+    trainer = fit(module, [Spike({3}), path_kernel], tmp_path, plugins=[half()])
+    machine = KernelMachine.load(path_kernel.machine_dir, Scaled())
+    found = closes(machine, module)
+    assert found["fidelity"] > 0.95, found
+    assert trainer.global_step - machine.chords[-1].last_step == 2
+
+
+def test_half_precision_weights_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="precision='bf16-true', whose weights are rounded"):
+        fit(Classifier(), [recorder(tmp_path)], tmp_path, precision="bf16-true")
+
+
+# unfreezing, averaging
+
+
+class Backbone(Classifier):
+    def __init__(self) -> None:
+        super().__init__(momentum=0.9, lr=0.03)
+        self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU())
+        self.net = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.backbone(x))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+
+
+class Thaw(BaseFinetuning):
+    """Unfreezes the backbone in the second epoch."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.backbone)
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.backbone, optimizer, lr=0.02)
+
+
+@pytest.mark.parametrize("way", ["own", "lightning"])
+def test_parameters_that_are_unfrozen_in_mid_training_join_the_path(way: str, tmp_path: Path) -> None:
+    def callbacks() -> list[pl.Callback]:
+        return [Thaw()] if way == "own" else [BackboneFinetuning(1, lambda epoch: 1.5, backbone_initial_lr=0.01)]
+
+    module, machine, _ = plain_and_recorded(Backbone, tmp_path, max_epochs=3, callbacks=callbacks)
+    found = closes(machine, module)
+    assert found["fidelity"] > 0.97, found
+    assert "backbone.1.weight" not in machine.chords[0].delta
+    assert float(machine.chords[-1].delta["backbone.1.weight"].norm()) > 0
+
+
+def test_a_frozen_base_stays_out_of_the_artifact(tmp_path: Path) -> None:
+    def make() -> Backbone:
+        module = Backbone()
+        module.backbone.requires_grad_(False)
+        return module
+
+    module, machine, _ = plain_and_recorded(make, tmp_path)
+    assert closes(machine, module)["fidelity"] > 0.97
+    assert set(machine.chords[0].start) == {"net.weight", "net.bias"}
+
+
+@pytest.mark.parametrize("callback", [StochasticWeightAveraging(0.01), WeightAveraging()])
+def test_averages_of_weights_are_refused_by_name(callback: pl.Callback, tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=f"does not support {type(callback).__name__}"):
+        fit(Classifier(), [recorder(tmp_path), callback], tmp_path)
+
+
+# what is left unattributed when that is allowed
+
+
+def test_an_optimiser_without_a_rule_is_left_unattributed_when_allowed(tmp_path: Path) -> None:
+    class Ruleless(Classifier):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adafactor(self.parameters(), lr=0.01)
+
+    module, machine, _ = plain_and_recorded(Ruleless, tmp_path, {"unattributed": "allow"})
+    found = closes(machine, module)
+    assert found["error_unattributed"] == pytest.approx(1, abs=0.05)
+    assert found["error_sketch"] < 1e-5
+    assert len(machine.example_ids) == 0
+
+
+def test_one_optimiser_with_a_rule_and_one_without(tmp_path: Path) -> None:
+    class Half(Manual):
+        def once(self, batch: Any, batch_idx: int) -> None:
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            first = torch.optim.SGD(self.net[1].parameters(), lr=0.1)
+            return [first, torch.optim.ASGD(self.net[3].parameters(), lr=0.1)]
+
+    module, machine, _ = plain_and_recorded(lambda: Half("once"), tmp_path, {"unattributed": "allow"})
+    found = closes(machine, module)
+    assert 0.1 < found["error_unattributed"] < 1, found
+    assert found["error_sketch"] < 0.1, found
+    assert not any(name in chord.sketches for chord in machine.chords for name in ("net.3.weight", "net.3.bias"))
+
+
+class Outside(Classifier):
+    """Uses a weight outside its module's forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.net[:3](x)
+        return F.linear(hidden, self.net[3].weight, self.net[3].bias)
+
+
+def test_a_gradient_that_no_hook_sees_is_refused_before_the_first_step_or_left_unattributed(tmp_path: Path) -> None:
+    module = Outside()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(CaptureError, match=r"do not add up to the gradient for 'net\.3\.weight' \(100\.0% unaccounted"):
+        fit(module, [recorder(tmp_path / "refused")], tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), module.state_dict().values(), strict=True))
+    module, machine, _ = plain_and_recorded(Outside, tmp_path, {"unattributed": "allow"})
+    found = closes(machine, module)
+    assert 0.1 < found["error_unattributed"] < 1, found
+    assert found["error_sketch"] < 0.1, found
+
+
+def test_weights_moved_by_hand_are_named_and_left_unattributed(tmp_path: Path, caplog: Any) -> None:
+    class Shrinks(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            with torch.no_grad():
+                pl_module.net[1].weight.clamp_(-0.1, 0.1)
+
+    module, machine, _ = plain_and_recorded(
+        lambda: Classifier(lr=0.1), tmp_path, {"sketch_dim": 2048}, callbacks=lambda: [Shrinks()]
+    )
+    found = closes(machine, module)
+    assert "'net.1.weight' moved otherwise than the recorded gradients say" in caplog.text
+    assert found["error_unattributed"] > 0.01, found
+
+
+def test_memory_of_a_chord_does_not_grow_with_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Visits whose weights are final are added up by example: the same machine, whatever the room."""
+    monkeypatch.setattr("lightning_pathkernel.recording.open_chord._FOLD", 1 << 12)
+    torch.manual_seed(3)
+    first = Classifier("adamw", lr=1e-3)
+    machines = []
+    for room in (1 << 12, 1 << 24):
+        monkeypatch.setattr("lightning_pathkernel.recording.open_chord._FOLD", room)
+        path_kernel = recorder(tmp_path / str(room), nodes=3)
+        fit(copy.deepcopy(first), [path_kernel], tmp_path, max_epochs=6)
+        machines.append(KernelMachine.load(path_kernel.machine_dir, first))
+    x, y = digits()[1].tensors
+    folded, whole = (m.contributions(x[:20], y[:20]) for m in machines)
+    assert float(torch.corrcoef(torch.stack([folded.flatten(), whole.flatten()]))[0, 1]) > 0.9999
+    torch.testing.assert_close(machines[0].predict(x[:20]), machines[1].predict(x[:20]), rtol=1e-2, atol=1e-2)
+    influences = torch.stack([m.self_influence() for m in machines])
+    assert float(torch.corrcoef(influences)[0, 1]) > 0.99
