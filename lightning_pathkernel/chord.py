@@ -37,6 +37,8 @@ class Chord:
         preconditioner: The clipped secant D; empty for the identity.
         decay: Displacement by weight decay; empty where there is none.
         residual: Displacement left unattributed; empty where there is none.
+        names: The user's string ids, by the integers that stand for them in ``example_ids``; empty where ids are the
+            user's integers or dataset indices.
     """
 
     index: int
@@ -55,6 +57,7 @@ class Chord:
     preconditioner: Tensors = field(default_factory=dict)
     decay: Tensors = field(default_factory=dict)
     residual: Tensors = field(default_factory=dict)
+    names: Mapping[int, str] = field(default_factory=dict)
 
     def weights(self, t: float) -> dict[str, Tensor]:
         """Weights at ``t`` in [0, 1] along the chord."""

@@ -9,6 +9,7 @@ import torch
 
 from lightning_pathkernel.capture import matrix_shape
 from lightning_pathkernel.chord import Chord
+from lightning_pathkernel.names import decode_names, encode_names
 from lightning_pathkernel.network import Tensors
 from lightning_pathkernel.sketch import KroneckerSketch
 from lightning_pathkernel.store import ArtifactError, read_group, write_group
@@ -41,6 +42,8 @@ def write_chord(directory: Path, chord: Chord) -> Path:
     groups["rows"] = {"example_ids": chord.example_ids, "rows": chord.rows, "self_inner": chord.self_inner}
     if chord.second_stage is not None:
         groups["rows"]["second_stage"] = chord.second_stage
+    if chord.names:
+        groups["names"] = {"utf8": encode_names(chord.names)}
     facts = {
         "index": chord.index,
         "first_step": chord.first_step,
@@ -80,7 +83,8 @@ def _assemble(groups: dict[str, dict[str, Any]], facts: dict[str, Any]) -> Chord
     chord = Chord(
         int(facts["index"]), int(facts["first_step"]), int(facts["last_step"]), float(facts["learning_time"]),
         stored["example_ids"], stored["rows"], stored["self_inner"], sketches, stored.get("second_stage"),
-        *(groups.get(name, {}) for name in _MAPS),
+        **{name: groups.get(name, {}) for name in _MAPS},
+        names=decode_names(groups["names"]["utf8"]) if "names" in groups else {},
     )  # fmt: skip
     _check_shapes(chord)
     return chord
