@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,8 @@ from lightning_pathkernel.capture import CaptureError, plan_capture
 from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.chord_io import write_chord
 from lightning_pathkernel.exporter import KernelMachineExporter, open_recording, record_metrics
-from lightning_pathkernel.identity import IdentityError, LoaderIndices, user_ids
-from lightning_pathkernel.network import ForwardFn, Network, batch_size
+from lightning_pathkernel.identity import IdentityError, TrainingIds
+from lightning_pathkernel.network import ForwardFn, Network
 from lightning_pathkernel.optim import UnsupportedOptimizerError, optimizer_rule
 from lightning_pathkernel.path import gauss_legendre
 from lightning_pathkernel.probe_batch import collect_probes
@@ -57,7 +58,10 @@ class PathKernelCallback(_Callback):
         sketch_dim: Numbers stored per training example and chord, all layers together, whatever the kind of sketch.
         nodes: Chords of the coarse-grained path; more of them share the total more finely among examples.
         probes: Validation examples followed during training for the logged metrics.
-        example_ids: None for dataset indices, found without your help; or a function ``batch -> LongTensor [n]``.
+        example_ids: None for dataset indices, found without your help; or a function ``batch -> ids``: a LongTensor
+            ``[n]``, an integer array, or a list of n integers or n strings, one for each row; strings are kept in the
+            machine (``example_names``). With several loaders it gets the whole combined batch and returns a list with
+            the ids of each loader's part, in the loaders' order, without those that gave None.
         forward_fn: ``(pl_module, batch) -> outputs [n, K]``; default: the module called on the batch, or on its first
             element when the batch is a tuple or a list.
         seed: Seed of the private random generator of the sketches; the global one is never touched.
@@ -75,7 +79,7 @@ class PathKernelCallback(_Callback):
         sketch_dim: int = 256,
         nodes: int = 32,
         probes: int = 256,
-        example_ids: Callable[[Any], Tensor] | None = None,
+        example_ids: Callable[[Any], Any] | None = None,
         forward_fn: ForwardFn | None = None,
         seed: int = 0,
         export: bool = True,
@@ -107,8 +111,7 @@ class PathKernelCallback(_Callback):
         self._recorder: PathRecorder | None = None
         self._tracker: ProbeTracker | None = None
         self._handles: list[RemovableHandle] = []
-        self._sources: dict[int, LoaderIndices] = {}
-        self._process: Callable[[object], object] | None = None
+        self._training_ids: TrainingIds | None = None
         self._history: list[dict[str, float]] = []
         self._active = False
         self._own_seconds = 0.0
@@ -130,25 +133,8 @@ class PathKernelCallback(_Callback):
             check_trainer(trainer)
         except FitError as error:
             raise MisconfigurationException(str(error)) from error
-        if self.example_ids is None:
-            self._watch_loaders(trainer)
-
-    def _watch_loaders(self, trainer: pl.Trainer) -> None:
-        """Wrap the batch sampler of every loader as the strategy processes it; which is training's shows later."""
-        strategy = trainer.strategy
-        original = strategy.process_dataloader
-
-        def process(loader: object) -> object:
-            processed = original(loader)
-            if trainer.state.stage == "train":
-                try:
-                    self._sources[id(processed)] = LoaderIndices(processed)  # type: ignore[arg-type]
-                except IdentityError as error:
-                    raise MisconfigurationException(str(error)) from error
-            return processed
-
-        strategy.process_dataloader = process  # type: ignore[method-assign,assignment]
-        self._process = original
+        self._training_ids = TrainingIds(self.example_ids)
+        self._training_ids.watch(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Everything is there now: optimiser, loaders, weights. Begin the recording."""
@@ -156,7 +142,7 @@ class PathKernelCallback(_Callback):
             return
         try:
             self._begin(trainer, pl_module)
-        except (CaptureError, FitError, UnsupportedOptimizerError) as error:
+        except (CaptureError, FitError, IdentityError, UnsupportedOptimizerError) as error:
             self._release(trainer)
             raise MisconfigurationException(str(error)) from error
 
@@ -173,6 +159,7 @@ class PathKernelCallback(_Callback):
             )
         optimizer = trainer.optimizers[0]
         optimizer_rule(optimizer)
+        self._ids_of_fit().begin(trainer)
         schedule = training_nodes(trainer, self.nodes)
         network = Network(pl_module, plan_capture(pl_module), self.forward_fn)
         probes = collect_probes(trainer, self.probes)
@@ -195,6 +182,7 @@ class PathKernelCallback(_Callback):
         return {
             "module_class": type(module).__name__,
             "optimizer": {"name": type(optimizer).__name__},
+            "ids": self._ids_of_fit().facts(),
             "settings": {
                 "sketch_dim": self.sketch_dim,
                 "nodes": schedule,
@@ -226,28 +214,19 @@ class PathKernelCallback(_Callback):
 
     def _ids(self, trainer: pl.Trainer, batch: Any) -> Tensor:
         try:
-            n = batch_size(batch)
-            if self.example_ids is not None:
-                return user_ids(self.example_ids, batch, n)
-            ids = self._training_source(trainer).pop()
-        except (IdentityError, ValueError) as error:
+            rows = self._ids_of_fit().rows(trainer, batch)
+        except IdentityError as error:
             raise MisconfigurationException(str(error)) from error
-        if len(ids) != n:
+        if len(rows) != 1:
             raise MisconfigurationException(
-                f"the loader drew {len(ids)} examples, but the batch has {n} rows: its collate function drops or adds "
-                "rows. Pass example_ids=, a function batch -> LongTensor [n]."
+                "PathKernelCallback records one loader, but training draws from several loaders: join their datasets."
             )
-        return ids
+        return rows[0].ids
 
-    def _training_source(self, trainer: pl.Trainer) -> LoaderIndices:
-        loader = trainer.train_dataloader
-        source = self._sources.get(id(loader))
-        if source is None:
-            raise IdentityError(
-                "Cannot tell which examples are in a batch: training draws from several loaders. Pass example_ids=, a "
-                "function batch -> LongTensor [n]."
-            )
-        return source
+    def _ids_of_fit(self) -> TrainingIds:
+        if self._training_ids is None:
+            raise RuntimeError("setup('fit') was not called")
+        return self._training_ids
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The batch's gradients are all in."""
@@ -272,6 +251,7 @@ class PathKernelCallback(_Callback):
     def _on_chord(self, chord: Chord) -> None:
         if self.recording_dir is None:
             raise RuntimeError("a chord closed before the recording was opened")
+        chord = replace(chord, names=self._ids_of_fit().new_names())
         write_chord(self.recording_dir, chord)
         if self._tracker is not None:
             self._tracker.advance(chord)
@@ -330,8 +310,6 @@ class PathKernelCallback(_Callback):
             self._recorder.capture.detach()
         for handle in self._handles:
             handle.remove()
-        for source in self._sources.values():
-            source.restore()
-        if self._process is not None:
-            del trainer.strategy.process_dataloader
+        if self._training_ids is not None:
+            self._training_ids.release(trainer)
         self._forget()
