@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lightning_pathkernel.capture import CaptureError
 from lightning_pathkernel.fit_session import FitSession, SessionOptions
-from lightning_pathkernel.identity import IdentityError, LoaderIndices, user_ids
-from lightning_pathkernel.network import ForwardFn, batch_size
+from lightning_pathkernel.identity import BatchRows, IdentityError, TrainingIds
+from lightning_pathkernel.network import ForwardFn
 from lightning_pathkernel.optim import UnsupportedOptimizerError
 from lightning_pathkernel.sketch import SKETCHES
 from lightning_pathkernel.trainer_checks import FitError, check_trainer
@@ -44,7 +44,10 @@ class PathKernelCallback(_Callback):
         sketch_dim: Numbers stored per training example and chord, all layers together, whatever the kind of sketch.
         nodes: Chords of the coarse-grained path; more of them share the total more finely among examples.
         probes: Validation examples followed during training for the logged metrics.
-        example_ids: None for dataset indices, found without your help; or a function ``batch -> LongTensor [n]``.
+        example_ids: None for dataset indices, found without your help; or a function ``batch -> ids``: a LongTensor
+            ``[n]``, an integer array, or a list of n integers or n strings, one for each row; strings are kept in the
+            machine (``example_names``). With several loaders it gets the whole combined batch and returns a list with
+            the ids of each loader's part, in the loaders' order, without those that gave None.
         forward_fn: ``(pl_module, batch) -> outputs [n, K]``; default: the module called on the batch, or on its first
             element when the batch is a tuple or a list.
         seed: Seed of the private random generator of the sketches; the global one is never touched.
@@ -64,7 +67,7 @@ class PathKernelCallback(_Callback):
         sketch_dim: int = 256,
         nodes: int = 32,
         probes: int = 256,
-        example_ids: Callable[[Any], Tensor] | None = None,
+        example_ids: Callable[[Any], Any] | None = None,
         forward_fn: ForwardFn | None = None,
         seed: int = 0,
         export: bool = True,
@@ -98,8 +101,7 @@ class PathKernelCallback(_Callback):
 
     def _forget(self) -> None:
         self._session: FitSession | None = None
-        self._sources: dict[int, LoaderIndices] = {}
-        self._process: Callable[[object], object] | None = None
+        self._training_ids: TrainingIds | None = None
         self._active = False
 
     # before training
@@ -115,27 +117,12 @@ class PathKernelCallback(_Callback):
             return
         with _translated():
             check_trainer(trainer)
-        if self.example_ids is None:
-            self._watch_loaders(trainer)
-
-    def _watch_loaders(self, trainer: pl.Trainer) -> None:
-        """Wrap the batch sampler of every loader as the strategy processes it; which is training's shows later."""
-        strategy = trainer.strategy
-        original = strategy.process_dataloader
-
-        def process(loader: object) -> object:
-            processed = original(loader)
-            if trainer.state.stage == "train":
-                with _translated():
-                    self._sources[id(processed)] = LoaderIndices(processed)  # type: ignore[arg-type]
-            return processed
-
-        strategy.process_dataloader = process  # type: ignore[method-assign,assignment]
-        self._process = original
+        self._training_ids = TrainingIds(self.example_ids)
+        self._training_ids.watch(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Everything is there now: optimiser, loaders, weights. Begin the recording."""
-        if not self._active:
+        if not self._active or self._training_ids is None:
             return
         options = SessionOptions(
             self.dirpath, self.sketch_dim, self.nodes, self.probes, self.forward_fn, self.seed, self.export,
@@ -143,7 +130,9 @@ class PathKernelCallback(_Callback):
         )  # fmt: skip
         try:
             with _translated():
-                self._session = FitSession(trainer, pl_module, options, self.recording_dir is not None)
+                self._session = FitSession(
+                    trainer, pl_module, options, self._training_ids, self.recording_dir is not None
+                )
         except MisconfigurationException:
             self._release(trainer)
             raise
@@ -156,32 +145,13 @@ class PathKernelCallback(_Callback):
     ) -> None:
         """Tell the recorder which examples are coming."""
         if self._session is not None:
-            self._session.begin_batch([(self._ids(trainer, batch), batch)])
+            with _translated():
+                rows = self._rows(trainer, batch)
+            self._session.begin_batch(rows)
 
-    def _ids(self, trainer: pl.Trainer, batch: Any) -> Tensor:
-        try:
-            n = batch_size(batch)
-            if self.example_ids is not None:
-                return user_ids(self.example_ids, batch, n)
-            ids = self._training_source(trainer).pop()
-        except (IdentityError, ValueError) as error:
-            raise MisconfigurationException(str(error)) from error
-        if len(ids) != n:
-            raise MisconfigurationException(
-                f"the loader drew {len(ids)} examples, but the batch has {n} rows: its collate function drops or adds "
-                "rows. Pass example_ids=, a function batch -> LongTensor [n]."
-            )
-        return ids
-
-    def _training_source(self, trainer: pl.Trainer) -> LoaderIndices:
-        loader = trainer.train_dataloader
-        source = self._sources.get(id(loader))
-        if source is None:
-            raise IdentityError(
-                "Cannot tell which examples are in a batch: training draws from several loaders. Pass example_ids=, a "
-                "function batch -> LongTensor [n]."
-            )
-        return source
+    def _rows(self, trainer: pl.Trainer, batch: Any) -> list[BatchRows]:
+        """The examples of a batch, loader by loader."""
+        return [] if self._training_ids is None else self._training_ids.rows(trainer, batch)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Gradients are coming."""
@@ -237,10 +207,8 @@ class PathKernelCallback(_Callback):
     def _release(self, trainer: pl.Trainer) -> None:
         if self._session is not None:
             self._session.release()
-        for source in self._sources.values():
-            source.restore()
-        if self._process is not None:
-            del trainer.strategy.process_dataloader
+        if self._training_ids is not None:
+            self._training_ids.release(trainer)
         self._forget()
 
 

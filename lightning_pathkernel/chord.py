@@ -39,6 +39,8 @@ class Chord:
         residual: Displacement left unattributed; empty where there is none.
         total: Sum of the rows over all processes, ``[k]``, where others hold some of them; None where they are all
             here.
+        names: The user's string ids, by the integers that stand for them in ``example_ids``; empty where ids are the
+            user's integers or dataset indices.
     """
 
     index: int
@@ -58,6 +60,7 @@ class Chord:
     decay: Tensors = field(default_factory=dict)
     residual: Tensors = field(default_factory=dict)
     total: Tensor | None = None
+    names: Mapping[int, str] = field(default_factory=dict)
 
     def weights(self, t: float) -> dict[str, Tensor]:
         """Weights at ``t`` in [0, 1] along the chord."""
@@ -143,9 +146,9 @@ class QueryBuffer:
 
     def features(self) -> Tensor:
         """First-stage features, ``[n, F]``."""
-        like = next(iter(self._parts.values()))
+        like = next(iter(self._parts.values()), torch.zeros(()))
         columns: Sequence[Tensor] = [
             self._parts[name] if name in self._parts else like.new_zeros(self._n, sketch.features)
             for name, sketch in self._sketches.items()
         ]
-        return torch.cat(list(columns), dim=1)
+        return torch.cat([like.new_zeros(self._n, 0), *columns], dim=1)

@@ -10,6 +10,7 @@ import torch
 
 from lightning_pathkernel.capture import matrix_shape
 from lightning_pathkernel.chord import Chord
+from lightning_pathkernel.names import decode_names, encode_names
 from lightning_pathkernel.network import Tensors
 from lightning_pathkernel.sketch import KroneckerSketch
 from lightning_pathkernel.store import ArtifactError, read_group, tensor_names, write_group
@@ -37,11 +38,12 @@ def write_chord(directory: Path, chord: Chord, rank: int = 0) -> Path:
         The file.
     """
     rows = {"example_ids": chord.example_ids, "rows": chord.rows, "self_inner": chord.self_inner}
+    names = {"names": {"utf8": encode_names(chord.names)}} if chord.names else {}
     if rank:
         folder = directory / rank_name(rank)
         folder.mkdir(parents=True, exist_ok=True)
-        return write_group(folder / chord_name(chord.index), {"rows": rows}, {"index": chord.index})
-    groups = {name: dict(getattr(chord, name)) for name in _MAPS}
+        return write_group(folder / chord_name(chord.index), {"rows": rows, **names}, {"index": chord.index})
+    groups = {name: dict(getattr(chord, name)) for name in _MAPS} | names
     for factor in _FACTORS:
         found = {name: getattr(sketch, factor) for name, sketch in chord.sketches.items()}
         groups[factor] = {name: t for name, t in found.items() if t is not None}
@@ -93,21 +95,23 @@ def merged_chord(directory: Path, index: int, ranks: int) -> Chord:
         ArtifactError: If a file is missing or damaged, or its rows do not fit the chord.
     """
     chord = read_chord(directory / chord_name(index))
-    ids, rows, inner = [chord.example_ids], [chord.rows], [chord.self_inner]
+    ids, rows, inner, names = [chord.example_ids], [chord.rows], [chord.self_inner], dict(chord.names)
     for rank in range(1, ranks):
         path = directory / rank_name(rank) / chord_name(index)
         if not path.is_file():
             raise ArtifactError(f"{directory}: {rank_name(rank)}/{path.name} is missing from the recording")
-        found = read_group(path)[0].get("rows", {})
+        groups = read_group(path)[0]
+        found = groups.get("rows", {})
         if not {"example_ids", "rows", "self_inner"} <= found.keys() or found["rows"].shape[1:] != chord.rows.shape[1:]:
             raise ArtifactError(f"{rank_name(rank)}/{path.name}: its rows are not of this chord")
         ids.append(found["example_ids"])
         rows.append(found["rows"])
         inner.append(found["self_inner"])
+        names.update(decode_names(groups["names"]["utf8"]) if "names" in groups else {})
     unique, inverse = torch.unique(torch.cat(ids), return_inverse=True)
     summed = chord.rows.new_zeros(len(unique), chord.rows.shape[1]).index_add_(0, inverse, torch.cat(rows))
     influences = chord.self_inner.new_zeros(len(unique)).index_add_(0, inverse, torch.cat(inner))
-    return replace(chord, example_ids=unique, rows=summed, self_inner=influences)
+    return replace(chord, example_ids=unique, rows=summed, self_inner=influences, names=names)
 
 
 def read_chord(path: Path) -> Chord:
@@ -136,10 +140,11 @@ def _assemble(groups: dict[str, dict[str, Any]], facts: dict[str, Any]) -> Chord
         for name, rows, columns in facts["sketches"]
     }
     stored = groups["rows"]
-    maps: list[Any] = [groups.get(name, {}) for name in _MAPS]
+    maps: dict[str, Any] = {name: groups.get(name, {}) for name in _MAPS}
     chord = Chord(
         int(facts["index"]), int(facts["first_step"]), int(facts["last_step"]), float(facts["learning_time"]),
-        stored["example_ids"], stored["rows"], stored["self_inner"], sketches, stored.get("second_stage"), *maps,
+        stored["example_ids"], stored["rows"], stored["self_inner"], sketches, stored.get("second_stage"), **maps,
+        names=decode_names(groups["names"]["utf8"]) if "names" in groups else {},
     )  # fmt: skip
     _check_shapes(chord)
     return chord

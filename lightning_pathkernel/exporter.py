@@ -127,7 +127,8 @@ class KernelMachineExporter:
                 write_chord(staged, merged_chord(self.directory, index, ranks))
             else:
                 _place(self.directory / name, staged / name)
-        module, thawed = self.facts["module"], []
+        module: dict[str, Any] = self.facts["module"]
+        thawed: list[str] = []
         for name in chord_parameters(staged / self.chords[-1]):
             if not module["parameters"][name]["trainable"]:
                 thawed.append(name)
@@ -148,7 +149,9 @@ class KernelMachineExporter:
             "chords": self.chords,
             "files": file_table(staged),
             "module": module,
-            **{k: self.facts[k] for k in ("optimizer", "settings")},
+            "optimizer": self.facts["optimizer"],
+            "settings": self.facts["settings"],
+            "ids": self.facts.get("ids"),
             "libraries": {"torch": torch.__version__},
         }
         publish_json(staged / MANIFEST, manifest)

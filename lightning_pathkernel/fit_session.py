@@ -6,18 +6,18 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_pathkernel.capture import plan_capture
 from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.chord_io import write_chord
 from lightning_pathkernel.exporter import KernelMachineExporter, open_recording, record_metrics
+from lightning_pathkernel.identity import BatchRows, TrainingIds
 from lightning_pathkernel.network import ForwardFn, Network
 from lightning_pathkernel.optim import optimizer_rule
 from lightning_pathkernel.path import gauss_legendre
@@ -62,16 +62,20 @@ class FitSession:
         trainer: The Trainer, at the start of training.
         module: The LightningModule.
         options: What to record.
+        ids: What knows the examples of every batch.
         used_before: Whether an earlier fit wrote to ``options.dirpath``.
 
     Raises:
         FitError: If the fit cannot be recorded.
         CaptureError: If the network cannot be.
+        IdentityError: If the examples of a batch cannot be told.
         UnsupportedOptimizerError: If an optimiser has no rule.
     """
 
-    def __init__(self, trainer: Any, module: Any, options: SessionOptions, used_before: bool) -> None:
+    def __init__(self, trainer: Any, module: Any, options: SessionOptions, ids: TrainingIds, used_before: bool) -> None:
         check_begin(trainer)
+        ids.begin(trainer)
+        self._ids = ids
         self._options = options
         self._scaler = loss_scaler(trainer)
         self._manual = not module.automatic_optimization
@@ -110,7 +114,7 @@ class FitSession:
         if self._ranks.rank == 0:
             facts = {
                 "module_class": type(module).__name__, "optimizer": {"name": ", ".join(names)}, "settings": settings,
-                "ranks": self._ranks.world,
+                "ranks": self._ranks.world, "ids": self._ids.facts(),
             }  # fmt: skip
             open_recording(self.recording_dir, module, facts)
 
@@ -122,11 +126,11 @@ class FitSession:
 
     # every batch and step
 
-    def begin_batch(self, rows: Sequence[tuple[Tensor, object]]) -> None:
+    def begin_batch(self, rows: Sequence[BatchRows]) -> None:
         """A batch with these examples is coming."""
         self._batch_started = time.perf_counter()
         with self._timed():
-            self.recorder.begin_batch(rows[0][0] if len(rows) == 1 else rows)
+            self.recorder.begin_batch(rows[0].ids if len(rows) == 1 else rows)
 
     def before_backward(self) -> None:
         """A backward pass is coming."""
@@ -159,7 +163,7 @@ class FitSession:
         self._step_seconds += time.perf_counter() - self._batch_started
 
     def _on_chord(self, chord: Chord) -> None:
-        write_chord(self.recording_dir, chord, self._ranks.rank)
+        write_chord(self.recording_dir, replace(chord, names=self._ids.new_names()), self._ranks.rank)
         if self._tracker is not None:
             self._tracker.advance(chord)
 

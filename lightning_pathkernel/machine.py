@@ -15,6 +15,7 @@ from lightning_pathkernel.capture import plan_capture
 from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.explanation import Explanation, OutputFn, functional_of
 from lightning_pathkernel.ledger import LEDGER_TERMS, bias, fidelity_metrics
+from lightning_pathkernel.names import merge_names, names_of
 from lightning_pathkernel.network import ForwardFn, Network, batch_size, take_rows
 from lightning_pathkernel.path import QuadratureRule, gauss_legendre
 
@@ -35,6 +36,7 @@ class KernelMachine:
 
     Raises:
         ValueError: If there are no chords, or a number is not positive.
+        ArtifactError: If two chords call one example by different names.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class KernelMachine:
         self._rtol, self._points = rtol, quadrature_points
         self._chunk = chunk_size
         self.example_ids = torch.unique(torch.cat([c.example_ids for c in self._chords]))
+        self.example_names: dict[int, str] = merge_names(c.names for c in self._chords)
 
     @classmethod
     def load(
@@ -90,6 +93,17 @@ class KernelMachine:
     def chords(self) -> tuple[Chord, ...]:
         """The chords, in the order of training."""
         return tuple(self._chords)
+
+    def names_of(self, ids: Tensor | Sequence[int]) -> list[Any]:
+        """The user's string ids of examples, such as ``Explanation.example_ids``.
+
+        Args:
+            ids: Ids, ``[n]`` or ``[Q, n]``.
+
+        Returns:
+            Names, nested as the ids are; ``str(id)`` where the user gave no string.
+        """
+        return names_of(self.example_names, torch.as_tensor(ids))
 
     def without(self, example_ids: Tensor | Sequence[int]) -> KernelMachine:
         """The machine without some training examples: their rows are taken out of every chord.

@@ -148,6 +148,20 @@ class Network:
                     module.training = training
 
     @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Exactly the trainable parameters require gradients, whatever is toggled at the moment."""
+        states = {name: p.requires_grad for name, p in self.plan.parameters.items()}
+        try:
+            for name, parameter in self.plan.parameters.items():
+                if parameter.requires_grad != (name in self.parameters):
+                    parameter.requires_grad_(name in self.parameters)
+            yield
+        finally:
+            for name, parameter in self.plan.parameters.items():
+                if parameter.requires_grad != states[name]:
+                    parameter.requires_grad_(states[name])
+
+    @contextmanager
     def at(self, weights: Tensors | None, buffers: Tensors | None) -> Iterator[None]:
         """Put other weights and buffers in the module's place for a while; None leaves them."""
         live = {**self.parameters, **float_buffers(self.module)}
@@ -229,7 +243,7 @@ class Network:
         capture = GradientCapture(self.module, self.plan).attach()
         parameters = list(self.parameters.values())
         try:
-            with self.evaluating(), self.at(weights, buffers), torch.enable_grad():
+            with self.evaluating(), self.learning(), self.at(weights, buffers), torch.enable_grad():
                 capture.begin([RowGroup(batch_size(batch))])
                 scalar = functional(as_matrix(self.forward_fn(self.module, batch))).sum()
                 capture.listen(lambda _, name, gradient: sink(name, gradient))

@@ -202,6 +202,7 @@ class PathRecorder:
             self.network.activate(new)
             self._chord.extend(new)
         followed.scale = scale
+        followed.check_stale()
         if not self.settings.manual:
             self._inspect(followed, scale)
         if not followed.parts and received and not self.settings.allow_unattributed:
@@ -217,7 +218,7 @@ class PathRecorder:
         received = followed.updates.received()
         followed.watch.look(received)
         held = followed.held([name for name in received if name not in self._chord.fitted])
-        if not held or any(part.spent for part in followed.parts):
+        if not held or followed.reused:
             return
         unfitted = {name: p for name, p in received.items() if name not in self._chord.fitted}
         gaps = sum_gaps(held, unfitted, scale * self._ranks.world, self.settings.sum_rtol, self._ranks)
@@ -253,7 +254,8 @@ class PathRecorder:
         self.steps += 1
         self._due = self._due or self._at_node()
         chord.fold()
-        self._close_if_due()
+        if not self.settings.manual:  # a gradient may be used again until it is zeroed, which shows at the next one
+            self._close_if_due()
 
     def _changes(self, followed: FollowedOptimizer) -> tuple[float, dict[str, Tensor]]:
         try:
@@ -264,9 +266,7 @@ class PathRecorder:
                 "supported, changes by hand are not."
             ) from error
 
-    def _uncaptured(
-        self, followed: FollowedOptimizer, received: dict[str, Tensor], factor: float
-    ) -> dict[str, Tensor]:
+    def _uncaptured(self, followed: FollowedOptimizer, received: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
         """Gradients of parameters for which no row has anything, and which may be left unattributed."""
         if not self.settings.allow_unattributed or followed.updates.rule is None:
             return {}
@@ -367,9 +367,7 @@ class PathRecorder:
         query = None
         if self._probes is not None:
             query = query_features(self.network, self._probes, chord, self.settings.rule, self._generator)
-        return fit_second_stage(
-            rows, query, total, self.settings.sketch_dim, self.settings.sketch, self._generator
-        )
+        return fit_second_stage(rows, query, total, self.settings.sketch_dim, self.settings.sketch, self._generator)
 
 
 def _unseen(step: int) -> str:

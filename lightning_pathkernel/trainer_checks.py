@@ -109,7 +109,7 @@ def gradient_changes(trainer: Any, pl_module: Any) -> Changes:
         Nothing, a common factor (clipping by norm, loss scaling), or anything (clipping by value, by the module's own
         method, or under manual optimisation).
     """
-    by_value = bool(trainer.gradient_clip_val) and str(trainer.gradient_clip_algorithm).endswith("value")
+    by_value = bool(trainer.gradient_clip_val) and trainer.gradient_clip_algorithm == "value"
     if by_value or clips_by_itself(pl_module) or not pl_module.automatic_optimization:
         return "any"
     return "factor" if trainer.gradient_clip_val or loss_scaler(trainer) is not None else "none"

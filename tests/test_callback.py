@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, Weighte
 
 from lightning_pathkernel import KernelMachine, KernelMachineExporter, PathKernelCallback, verify
 from lightning_pathkernel.capture import CaptureError
-from lightning_pathkernel.identity import IdentityError
 from lightning_pathkernel.recorder import NonFiniteError
 from lightning_pathkernel.trainer_checks import FitError, check_trainer
 from tests.helpers import Classifier, digits, fit, small_cnn
@@ -336,7 +335,7 @@ def test_a_loader_without_indices_and_its_remedy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [lambda b: b[1].float(), lambda b: b[1][:3], lambda b: [1, 2]])
 def test_example_ids_of_the_wrong_kind(wrong: Any, tmp_path: Path) -> None:
-    refused(r"example_ids must return a LongTensor of shape \(32,\), found", tmp_path, options={"example_ids": wrong})
+    refused("example_ids returned", tmp_path, options={"example_ids": wrong})
 
 
 class Batches:
@@ -584,7 +583,7 @@ def test_a_sampler_that_draws_no_integers(tmp_path: Path) -> None:
             return super().__getitem__(int(key))
 
     loader = DataLoader(Named(*digits()[0].tensors), batch_sampler=[["1", "2"], ["3", "4"]])
-    with pytest.raises(IdentityError, match=r"the sampler drew \['1', '2'\], no integers"):
+    with pytest.raises(MisconfigurationException, match=r"the sampler drew \['1', '2'\], no list of integers"):
         fit(Classifier(), [callback(tmp_path, nodes=2)], tmp_path, loader=loader)
 
 

@@ -42,6 +42,7 @@ class FollowedOptimizer:
         self.scale = 1.0
         self._names = names
         self._stale = False
+        self._spent = 0
 
     def wait(self, rows: StepRows, names: set[str] | None) -> None:
         """Take in the rows of a backward pass; ``names`` are the parameters it reached, None for all."""
@@ -56,11 +57,16 @@ class FollowedOptimizer:
     def forget_zeroed(self) -> None:
         """Let go of rows whose gradients have been zeroed."""
         if (self.parts or self._stale) and not any(p.grad is not None and bool(p.grad.any()) for p in self._all()):
-            self.parts, self._stale = [], False
+            self.parts, self._spent, self._stale = [], 0, False
 
     def fresh(self) -> bool:
         """Whether gradients wait that no step has used."""
-        return any(not part.spent for part in self.parts)
+        return len(self.parts) > self._spent
+
+    @property
+    def reused(self) -> bool:
+        """Whether gradients that a step has used are still there."""
+        return self._spent > 0 or self._stale
 
     def held(self, names: Sequence[str]) -> list[dict[str, list[PerExampleGradient]]]:
         """What was held back of these parameters, part by part; parts without any are left out."""
@@ -68,23 +74,25 @@ class FollowedOptimizer:
         return [batch for batch in found if batch]
 
     def spend(self) -> None:
-        """A step has used all rows; used again, they count again.
+        """A step has used all rows; used again, they count again."""
+        self._spent = len(self.parts)
+
+    def check_stale(self) -> None:
+        """Refuse a step that uses gradients of a closed chord again.
 
         Raises:
-            CaptureError: If it used gradients of a chord that is closed.
+            CaptureError: If it does.
         """
         if self._stale:
             raise CaptureError(
                 f"{type(self.optimizer).__name__} used gradients again that an earlier step had used, across a node: "
                 "zero them after every step."
             )
-        for part in self.parts:
-            part.spent = True
 
     def end_chord(self) -> None:
         """The chord has closed: rows that a step has used are in its basis."""
         self._stale = bool(self.parts)
-        self.parts = []
+        self.parts, self._spent = [], 0
 
     def norm(self) -> float:
         """Norm of all gradients."""

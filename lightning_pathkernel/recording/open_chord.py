@@ -126,10 +126,11 @@ class OpenChord:
         parts: DisplacementParts,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Ids, rows and self-influences of some steps together with what was folded, by example."""
-        ids = [visited(steps)] if steps else []
-        ids = torch.unique(torch.cat([*ids, *(folded[0] for folded in self._folded)]))
+        ids = torch.unique(torch.cat([visited(steps), *(folded[0] for folded in self._folded)]))
         features = sum(sketch.features for sketch in self.sketches.values())
         like = next(iter(parts.delta.values()))
+        columns = {name: j for j, name in enumerate(self._network.parameters)}
+        weights = weights[:, [columns[name] for name in self.sketches]]
         rows = summed(ids, weighted(steps, weights, self.sketches), (features,), like)
         inner = summed(
             ids, self_influence(steps, weights, self.sketches, parts.preconditioner, self._ranks.world), (), like
@@ -160,6 +161,14 @@ class OpenChord:
 
         The first stage is linear, so both must agree to rounding unless something else moved the weights, or a
         gradient had parts that were not captured.
+
+        Args:
+            parts: The displacement's parts.
+            total: Sum of all rows, ``[F]``.
+            rows: The rows, for what rounding may make of their sum.
+
+        Returns:
+            The whole residual of the parameters concerned.
         """
         found: dict[str, Tensor] = {}
         start = 0

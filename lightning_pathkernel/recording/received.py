@@ -1,4 +1,4 @@
-"""What happened to gradients between the backward pass and the optimiser's step: clipping, unscaling, changes by hand."""
+"""What happened to gradients between backward pass and optimiser step: clipping, unscaling, changes by hand."""
 
 from __future__ import annotations
 

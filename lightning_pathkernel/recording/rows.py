@@ -55,10 +55,9 @@ class StepRows:
 
     Attributes:
         held: Parameter -> gradients held back.
-        spent: Whether an optimiser step has used these rows.
     """
 
-    __slots__ = ("_arena", "_closed", "_ids", "_last", "_matrices", "_segments", "_uses", "held", "spent")
+    __slots__ = ("_arena", "_closed", "_ids", "_last", "_matrices", "_segments", "_uses", "held")
 
     def __init__(self, ids: Tensor, arena: Arena) -> None:
         self._ids: Tensor | Slot = ids
@@ -69,7 +68,6 @@ class StepRows:
         self._uses: list[tuple[str, tuple[int, ...]]] = []
         self._last: tuple[Tensor, Tensor | None, int] | None = None
         self.held: dict[str, list[PerExampleGradient]] = {}
-        self.spent = False
 
     @property
     def ids(self) -> Tensor:
@@ -192,7 +190,7 @@ def _moved(slot: Slot, arena: Arena) -> Slot:
 def _joined(found: Mapping[str, Tensor], sketches: Sketches, n: int, like: Tensor | None) -> Tensor:
     like = torch.zeros(()) if like is None else like
     columns = [found[name] if name in found else like.new_zeros(n, s.features) for name, s in sketches.items()]
-    return torch.cat(columns, dim=1)
+    return torch.cat([like.new_zeros(n, 0), *columns], dim=1)
 
 
 def _widest(matrices: list[Tensor]) -> Tensor:

@@ -58,9 +58,7 @@ class OptimizerUpdates:
                     found[name] = parameter
         return found
 
-    def take(
-        self, displacement: ChordDisplacement, foreign: Mapping[str, Tensor]
-    ) -> dict[ParameterUpdate, list[str]]:
+    def take(self, displacement: ChordDisplacement, foreign: Mapping[str, Tensor]) -> dict[ParameterUpdate, list[str]]:
         """Note the latest step in the chord's running sums.
 
         Args:

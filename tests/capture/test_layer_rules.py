@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_pathkernel.capture import CaptureError, GradientCapture, layer_rules, plan_capture, register_layer_rule
+from lightning_pathkernel.capture import (
+    CaptureError,
+    GradientCapture,
+    RowGroup,
+    layer_rules,
+    plan_capture,
+    register_layer_rule,
+)
 from lightning_pathkernel.capture.linear import linear_rule
 from lightning_pathkernel.testing import assert_layer_rule, captured_gradients
 
@@ -242,8 +249,10 @@ def test_parameters_that_are_frozen_at_the_moment_cost_nothing() -> None:
         for name, parameter in plan.parameters.items():
             parameter.requires_grad_(name in thawed).grad = None
         seen: dict[str, Tensor] = {}
-        capture.begin(N, lambda name, gradient, seen=seen: seen.update({name: gradient.total()}))
-        model(x).square().sum().backward()
+        capture.begin([RowGroup(N)])
+        loss = model(x).square().sum()
+        capture.listen(lambda group, name, gradient, seen=seen: seen.update({name: gradient.total()}))
+        loss.backward()
         capture.check()
         capture.end()
         assert sorted(seen) == thawed

@@ -138,8 +138,8 @@ def test_weighted_rows_are_each_parameters_share() -> None:
         RecordedStep([added(arena, sketches, uses, uses["bias"][0].n) for uses in step], factor)
         for step, factor in zip(batches, clipping, strict=True)
     ]
-    found, expected = iter(weighted(steps, weights, sketches)), torch.zeros(4, sum(s.features for s in sketches.values()))
-    expected = expected.double()
+    expected = torch.zeros(4, sum(s.features for s in sketches.values()), dtype=torch.float64)
+    found = iter(weighted(steps, weights, sketches))
     for step, weight, factor in zip(batches, weights, clipping, strict=True):
         scale = factor * torch.from_numpy(np.repeat(-weight, [s.features for s in sketches.values()]))
         for uses in step:
@@ -156,7 +156,7 @@ def test_weighted_rows_are_each_parameters_share() -> None:
 def carried(momentum: Mapping[str, Tensor], shares: np.ndarray, overwrite: bool = True) -> tuple[Tensor, list[Tensor]]:
     """Two steps carried to the next chord's basis, whose own rows then fill the arena; and both steps' old rows."""
     arena, old, new = Arena(64), basis(0), basis(50)
-    steps = [RecordedStep([added(arena, old, gradients(0, 4), 4)]), RecordedStep([added(arena, old, gradients(1, 3), 3)])]
+    steps = [RecordedStep([added(arena, old, gradients(i, n), n)]) for i, n in ((0, 4), (1, 3))]
     before = [step.parts[0].features(old) for step in steps]
     after = carried_steps(steps, old)
     arena.reset()

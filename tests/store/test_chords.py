@@ -14,7 +14,7 @@ from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.chord_io import chord_name, read_chord, write_chord
 from lightning_pathkernel.sketch import KroneckerSketch
 from lightning_pathkernel.store import read_group, write_group
-from tests.store.artifacts import MIDDLE, WEIGHT, refused
+from tests.store.artifacts import DEEP, MIDDLE, WEIGHT, refused
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -29,7 +29,7 @@ def assert_same(found: Chord, expected: Chord) -> None:
             assert list(a) == list(b), "features are laid out in this order"
             assert [(s.rows, s.columns) for s in a.values()] == [(s.rows, s.columns) for s in b.values()]
             a, b = ({f"{n}/{k}": t for n, s in x.items() for k, t in s.tensors().items()} for x in (a, b))
-        if isinstance(b, dict):
+        if isinstance(b, dict) and field.name != "names":
             assert a.keys() == b.keys(), field.name
             assert all(a[n].shape == b[n].shape and same_bits(a[n], b[n]) for n in b), field.name
         elif isinstance(b, Tensor):
@@ -46,7 +46,11 @@ def odd_chord() -> Chord:
     sketches = {n: KroneckerSketch(s[0] if s else 1, s[1] if len(s) > 1 else 1) for n, s in shapes.items()}
     weights = {n: odd[: 1 if not s else 6].reshape(s) for n, s in shapes.items()}
     rows = odd.repeat(26)[: 2 * 13].reshape(2, 13)
-    return Chord(3, 7, 9, 0.1 + 0.2, torch.tensor([4, 2**62]), rows, odd[:2], sketches, None, weights, weights, {}, {})
+    names = {2**62: "", 4: 'ü/\u65e5\n"', -(2**63): "\x00", 2**63 - 1: "null"}
+    ids = torch.tensor([4, 2**62])
+    return Chord(
+        3, 7, 9, 0.1 + 0.2, ids, rows, odd[:2], sketches, None, weights, weights, {}, {}, names=names
+    )  # fmt: skip
 
 
 def test_chords_come_back_bit_for_bit(run: Path, tmp_path: Path) -> None:
@@ -57,6 +61,15 @@ def test_chords_come_back_bit_for_bit(run: Path, tmp_path: Path) -> None:
         path = write_chord(tmp_path, replace(chord, index=chord.index + 10))
         assert path.name == chord_name(chord.index + 10)
         assert_same(read_chord(path), replace(chord, index=chord.index + 10))
+
+
+def test_names_are_kept_when_examples_are_left_out_and_absent_where_there_are_none(run: Path, tmp_path: Path) -> None:
+    groups, _ = read_group(run / "machine" / chord_name(0))
+    assert "names" not in groups
+    chord = replace(read_chord(run / "machine" / chord_name(0)), names={7: "seven"})
+    assert chord.without(chord.example_ids[:3]).names == {7: "seven"}
+    groups, _ = read_group(write_chord(tmp_path, chord))
+    assert bytes(groups["names"]["utf8"].tolist()) == b'{"7":"seven"}'
 
 
 Groups = dict[str, dict[str, Tensor]]
@@ -83,7 +96,30 @@ def sketched(rows: object, columns: object) -> Callable[[Groups, dict], object]:
     return lambda groups, facts: facts["sketches"][0].__setitem__(slice(1, 3), [rows, columns])
 
 
+def named(text: str | bytes) -> Callable[[Groups, dict], object]:
+    data = text.encode() if isinstance(text, str) else text
+    return put("names", "utf8", torch.tensor(list(data), dtype=torch.uint8))
+
+
 MISFITS = {
+    "names that are no UTF-8": named(b'{"1": "\xff"}'),
+    "names that are no JSON": named('{"1": '),
+    "names that are empty": named(""),
+    "names that are a list": named('["a"]'),
+    "names that are nested without end": named(DEEP),
+    "names of another type": put("names", "utf8", torch.arange(3)),
+    "names of two dimensions": put("names", "utf8", torch.zeros(2, 2, dtype=torch.uint8)),
+    "names under another name": put("names", "utf16", torch.zeros(2, dtype=torch.uint8)),
+    "a name for what is no integer": named('{"a": "b"}'),
+    "a name for an integer not in plain decimal": named('{"01": "b"}'),
+    "a name for an integer in other digits": named('{"\u0661": "b"}'),
+    "a name for a fraction": named('{"1.0": "b"}'),
+    "a name for an integer of 65 bits": named('{"9223372036854775808": "b"}'),
+    "a name for an integer of a million digits": named('{"' + "1" * 1_000_000 + '": "b"}'),
+    "a name that is a number": named('{"1": 2}'),
+    "a name that is null": named('{"1": null}'),
+    "a name that is a table": named('{"1": {}}'),
+    "two names for one integer": named('{"1": "a", "1": "b"}'),
     "no rows": drop("rows"),
     "no example ids": drop("rows", "example_ids"),
     "no self inner products": drop("rows", "self_inner"),
