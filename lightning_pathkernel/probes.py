@@ -48,6 +48,8 @@ class ProbeTracker:
         self._velocity, self._tangent_kernel = float(1 - cosine), now
 
     def _after(self, chord: Chord) -> tuple[dict[str, Tensor], Tensor]:
+        for name, weight in chord.start.items():  # one that was frozen until now begins where it stood
+            self._start.setdefault(name, weight)
         found = chord_terms(self._network, self._probes, chord.span(), self._rule)
         terms = {name: self._terms[name] + found.get(name, 0) for name in LEDGER_TERMS}
         slope = self._network.jvps(self._probes, chord.start, chord.start_buffers, [chord.delta])[0]

@@ -205,9 +205,9 @@ class PathRecorder:
         followed.check_stale()
         if not self.settings.manual:
             self._inspect(followed, scale)
-        if not followed.parts and received and not self.settings.allow_unattributed:
-            if any(bool(p.grad.any()) for p in received.values() if p.grad is not None):
-                raise CaptureError(_unseen(self.steps))
+        seen = followed.parts or self.settings.allow_unattributed
+        if not seen and any(p.grad is not None and bool(p.grad.any()) for p in received.values()):
+            raise CaptureError(_unseen(self.steps))
         if self._chord.displacement.remembers or followed.updates.decaying():
             self._chord.displacement.remember(self.network.parameters)
 
@@ -247,8 +247,8 @@ class PathRecorder:
         chord = self._chord
         moved = followed.updates.take(chord.displacement, foreign)
         if moved:
-            chord.record(followed.parts, factor / (followed.scale * self._ranks.world), moved)
-            self._fit(followed, foreign)
+            chord.record(list(followed.parts), factor / (followed.scale * self._ranks.world), moved)
+            self._fit(followed, [name for name in received if name not in chord.fitted], foreign)
         followed.spend()
         chord.displacement.learning_time += followed.learning_rate() if followed is self._optimizers[0] else 0.0
         self.steps += 1
@@ -284,7 +284,7 @@ class PathRecorder:
         if not math.isfinite(value):
             raise NonFiniteError(
                 f"gradients are not finite at optimiser step {self.steps}: the path ends there. Everything up to step "
-                f"{self._chord.first_step} was recorded. Lower the learning rate, clip the gradients, or check the data."
+                f"{self._chord.first_step} was recorded. Lower the learning rate, clip, or check the data."
             )
 
     # one chord
@@ -300,10 +300,10 @@ class PathRecorder:
         if self._due and not any(optimizer.fresh() for optimizer in self._optimizers):
             self.close_chord()
 
-    def _fit(self, followed: FollowedOptimizer, foreign: dict[str, Tensor]) -> None:
-        """Choose this chord's basis for parameters that move for the first time in it, and sketch what was held back."""
+    def _fit(self, followed: FollowedOptimizer, unfitted: Sequence[str], foreign: dict[str, Tensor]) -> None:
+        """Choose this chord's basis for what moves for the first time in it, and sketch what was held back."""
         chord = self._chord
-        held = followed.held([n for n in self.network.parameters if n not in chord.fitted])
+        held = followed.held(unfitted) if unfitted else []
         names = {name for batch in held for name in batch}
         if names:
             self._fit_names(followed, foreign, held, names)

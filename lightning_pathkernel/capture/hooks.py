@@ -296,7 +296,10 @@ def _unbatched(names: list[str], n: int) -> str:
 
 def _stale(path: str, earlier_batch: bool) -> str:
     if earlier_batch:
-        return f"{path or 'the model'!r} received a gradient of an earlier batch's forward pass: detach what is carried over."
+        return (
+            f"{path or 'the model'!r} received a gradient of an earlier batch's forward pass: detach what is carried "
+            "over from batch to batch."
+        )
     return (
         f"{path or 'the model'!r} received a second gradient in one batch: backward ran twice through the same graph "
         "(retain_graph=True). Add the losses up and go back once, or use manual optimisation."
