@@ -40,7 +40,7 @@ def collect_probes(trainer: Any, count: int) -> Any | None:
         )
         return None
     with _random_states_kept(getattr(loader, "generator", None)):
-        batch = _first_rows(loader, count)
+        batch = _first_rows(loader, count, trainer.world_size > 1)
     found = batch_size(batch)
     if found < count:
         warnings.warn(
@@ -64,9 +64,9 @@ def _random_states_kept(private: object) -> Iterator[None]:
             own.set_state(state)
 
 
-def _first_rows(loader: Any, count: int) -> Any:
-    """Concatenate leading batches of the loader until there are enough rows."""
-    if isinstance(loader, DataLoader) and loader.num_workers:
+def _first_rows(loader: Any, count: int, shared_out: bool) -> Any:
+    """Concatenate leading batches of the loader, the same on all processes, until there are enough rows."""
+    if isinstance(loader, DataLoader) and (loader.num_workers or shared_out):
         loader = DataLoader(loader.dataset, batch_size=loader.batch_size, collate_fn=loader.collate_fn)
     batches, rows = [], 0
     for batch in loader:

@@ -202,7 +202,8 @@ class PathRecorder:
             self.network.activate(new)
             self._chord.extend(new)
         followed.scale = scale
-        followed.check_stale()
+        if received:
+            followed.check_stale()
         if not self.settings.manual:
             self._inspect(followed, scale)
         seen = followed.parts or self.settings.allow_unattributed
@@ -239,8 +240,15 @@ class PathRecorder:
         """
         followed = self._followed(optimizer)
         received = followed.updates.received()
-        if not received:
-            return
+        if received:
+            self._record(followed, received)
+        self.steps += 1
+        self._due = self._due or self._at_node()
+        self._chord.fold()
+        if not self.settings.manual:  # a gradient may be used again until it is zeroed, which shows at the next one
+            self._close_if_due()
+
+    def _record(self, followed: FollowedOptimizer, received: dict[str, Tensor]) -> None:
         factor, foreign = self._changes(followed)
         self._check_finite(followed, factor)
         foreign.update(self._uncaptured(followed, received, factor))
@@ -251,11 +259,6 @@ class PathRecorder:
             self._fit(followed, [name for name in received if name not in chord.fitted], foreign)
         followed.spend()
         chord.displacement.learning_time += followed.learning_rate() if followed is self._optimizers[0] else 0.0
-        self.steps += 1
-        self._due = self._due or self._at_node()
-        chord.fold()
-        if not self.settings.manual:  # a gradient may be used again until it is zeroed, which shows at the next one
-            self._close_if_due()
 
     def _changes(self, followed: FollowedOptimizer) -> tuple[float, dict[str, Tensor]]:
         try:

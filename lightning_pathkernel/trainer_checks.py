@@ -116,7 +116,9 @@ def gradient_changes(trainer: Any, pl_module: Any) -> Changes:
 
 
 def thaws_later(trainer: Any) -> bool:
-    """Whether a callback of Lightning's will unfreeze parameters during the fit."""
+    """Whether parameters are frozen now and may learn later: an optimiser has them, or a callback will add them."""
+    if any(not p.requires_grad for o in trainer.optimizers for group in o.param_groups for p in group["params"]):
+        return True
     return any(base.__name__ == "BaseFinetuning" for c in trainer.callbacks for base in type(c).__mro__)
 
 

@@ -461,3 +461,53 @@ def test_memory_of_a_chord_does_not_grow_with_its_steps(tmp_path: Path, monkeypa
     torch.testing.assert_close(machines[0].predict(x[:20]), machines[1].predict(x[:20]), rtol=1e-2, atol=1e-2)
     influences = torch.stack([m.self_influence() for m in machines])
     assert float(torch.corrcoef(influences)[0, 1]) > 0.99
+
+
+# several loaders
+
+
+class TwoSources(Classifier):
+    """Learns from two loaders, in one call of the network or in two."""
+
+    def __init__(self, joined: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self.joined = joined
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        one, two = batch["one"], batch["two"]
+        if self.joined:
+            return F.cross_entropy(self(torch.cat([one[0], two[0]])), torch.cat([one[1], two[1]]))
+        first = F.cross_entropy(self(one[0]), one[1])
+        return first + 0.5 * F.cross_entropy(self(two[0]), two[1])
+
+
+@pytest.mark.parametrize("sizes", [(16, 16), (16, 8)])
+@pytest.mark.parametrize("joined", [True, False])
+def test_several_loaders_each_keep_their_examples(joined: bool, sizes: tuple[int, int], tmp_path: Path) -> None:
+    """Zeroing one loader's images leaves only biases to learn from them: told by every id."""
+    training = digits()[0]
+    blank = torch.utils.data.TensorDataset(torch.zeros(60, 1, 8, 8), torch.zeros(60, dtype=torch.long))
+    loaders = {
+        "one": DataLoader(training, sizes[0], shuffle=True),
+        "two": DataLoader(blank, sizes[1], shuffle=True),
+    }
+    module, path_kernel = TwoSources(joined), recorder(tmp_path, sketch_dim=4096, sketch="identity", nodes=100)
+    with pytest.warns(UserWarning, match="every step gets its own node"):
+        fit(module, [path_kernel], tmp_path, loader=loaders)
+    machine = KernelMachine.load(path_kernel.machine_dir, TwoSources(joined))
+    assert closes(machine, module)["fidelity"] > 0.99
+    assert int(machine.example_ids.max()) == 320 + 60 - 1
+    first = machine.chords[0]
+    weight = slice(0, 32 * 64)  # of the layer that sees the pixels
+    for example, row in zip(first.example_ids.tolist(), first.rows, strict=True):
+        assert (float(row[weight].norm()) == 0) == (example >= 320), example
+
+
+def test_a_loader_whose_rows_cannot_be_told_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    class Shuffled(TwoSources):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self(batch["one"][0] * 2), batch["one"][1])
+
+    loaders = {name: DataLoader(digits()[0], 16) for name in ("one", "two")}
+    with pytest.raises(CaptureError, match=r"cannot tell which loader's rows 'net.3' was called with.*different batch"):
+        fit(Shuffled(False), [recorder(tmp_path)], tmp_path, loader=loaders)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -143,6 +144,8 @@ def fit_basis(
             continue
         moving = direction[name].reshape(shape)
         sketches[name] = _fit_one(train[name], probes.get(name), diagonal, moving, settings, generator, ranks)
+    if ranks.world > 1:
+        sketches = {name: replace(s, **ranks.first(s.tensors())) for name, s in sketches.items()}
     return sketches
 
 

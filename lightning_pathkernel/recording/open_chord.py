@@ -146,6 +146,8 @@ class OpenChord:
         if last_step == self.first_step:
             return None
         parts = self.displacement.parts(self._network.weights())
+        if not (self._steps or self._folded or any(bool(delta.any()) for delta in parts.delta.values())):
+            return None
         ids, rows, inner = self._summed(self._steps, self._visits.weights, parts)
         total = self._ranks.total(rows.sum(0))
         residual = {**parts.residual, **self._outside(parts, total, rows)}
@@ -241,5 +243,7 @@ def compressed(
     maps = fit(rows, total)
     if maps is None:
         return chord
+    common = ranks.first({"train": maps[0], "query": maps[1]})
+    maps = common["train"], common["query"]
     shared = None if chord.total is None else chord.total @ maps[0].T
     return replace(chord, rows=chord.rows @ maps[0].T, second_stage=maps[1], total=shared)

@@ -207,4 +207,7 @@ def _stranger(module: nn.Module, parameter: Tensor) -> str:
             f"the optimiser moves a parameter of shape {tuple(parameter.shape)} that is not the module's: register "
             "what owns it (the loss?) as a submodule."
         )
-    return f"the optimiser moves {name!r}, which is not a floating-point parameter that can be recorded."
+    return (
+        f"{name!r} was frozen when the fit began and is learning now: give it to the optimiser from the start, or use "
+        "Lightning's BaseFinetuning."
+    )

@@ -1,0 +1,76 @@
+"""Two processes make the machine that one process makes on the same global batches."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_pathkernel import KernelMachine, KernelMachineExporter, verify
+from lightning_pathkernel.store import ArtifactError
+from tests.ddp.train import COUNT, network
+from tests.helpers import Classifier, digits
+
+CASES = {
+    "sgd": ["--optimizer=sgd"],
+    "adamw, clipping, accumulation": ["--optimizer=adamw", "--clip=1.0", "--accumulate=2"],
+}
+
+
+def run(root: Path, *options: str) -> dict[str, Any]:
+    root.mkdir()
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    environment = {**os.environ, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.ddp.train", str(root), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found_result: dict[str, Any] = torch.load(root / "result.pt", weights_only=True)
+    return found_result
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_make_the_machine_of_one(name: str, tmp_path: Path) -> None:
+    two = run(tmp_path / "two", *CASES[name])
+    plain = run(tmp_path / "plain", "--plain", *CASES[name])
+    for key, value in plain["weights"].items():
+        assert torch.equal(value, two["weights"][key]), f"{key}: training is not bit-identical"
+    one = run(tmp_path / "one", "--processes=1", *CASES[name])
+    machines = {}
+    for side in ("one", "two"):
+        verify(tmp_path / side / "run" / "machine")
+        machines[side] = KernelMachine.load(tmp_path / side / "run" / "machine", Classifier())
+    assert machines["one"].example_ids.tolist() == machines["two"].example_ids.tolist() == list(range(COUNT))
+    x, y = digits()[1].tensors
+    found = torch.stack([machines[side].contributions(x[:40], y[:40]).flatten() for side in ("one", "two")])
+    assert float(torch.corrcoef(found)[0, 1]) > 0.9999
+    fidelity = {side: machines[side].fidelity([x])["fidelity"] for side in machines}
+    assert abs(fidelity["one"] - fidelity["two"]) < 1e-3, fidelity
+    assert fidelity["two"] > 0.97
+    influences = torch.stack([machines[side].self_influence() for side in ("one", "two")])
+    assert float(torch.corrcoef(influences)[0, 1]) > 0.999
+    logged = {side: result["logged"]["pathkernel/fidelity"] for side, result in (("one", one), ("two", two))}
+    assert abs(logged["one"] - logged["two"]) < 1e-3, logged
+
+
+def test_a_recording_by_two_processes_is_merged_at_export_or_its_gap_named(tmp_path: Path) -> None:
+    run(tmp_path / "two", "--optimizer=sgd", "--network=batch norm", "--injected")
+    recording = tmp_path / "two" / "run" / "recording"
+    parts = sorted(p.name for p in (recording / "rank-0001").iterdir())
+    assert parts == sorted(p.name for p in recording.glob("chord-*"))
+    module = Classifier("sgd", network("batch norm"))
+    machine = KernelMachine.load(KernelMachineExporter(recording).export(tmp_path / "again"), module)
+    x = digits()[1].tensors[0]
+    assert machine.fidelity([x])["fidelity"] > 0.9
+    assert machine.example_ids.tolist() == list(range(COUNT))
+    (recording / "rank-0001" / parts[2]).unlink()
+    with pytest.raises(ArtifactError, match=f"rank-0001/{parts[2]} is missing from the recording"):
+        KernelMachineExporter(recording).export(tmp_path / "torn")
+    assert not (tmp_path / "torn").exists()

@@ -1,0 +1,109 @@
+"""Run as a script by the tests: one fit on the digits, by one process or by two, on the same global batches."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from lightning_pathkernel import PathKernelCallback
+from tests.helpers import Classifier, digits
+
+BATCH = 32
+COUNT = 250
+"""Examples; not a multiple of two batches, so that two processes pad the last one."""
+
+
+class Interleaved(torch.utils.data.Sampler[int]):
+    """What two distributed samplers draw, one global batch after the other."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.parts = [DistributedSampler(dataset, 2, rank, shuffle=True, seed=5) for rank in range(2)]
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Any:
+        for part in self.parts:
+            part.set_epoch(self.epoch)
+        one, two = (list(part) for part in self.parts)
+        half = BATCH // 2
+        for start in range(0, len(one), half):
+            yield from one[start : start + half] + two[start : start + half]
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+
+def network(kind: str) -> nn.Module | None:
+    if kind == "batch norm":
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 24, bias=False), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 10)
+        )
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("root", type=Path)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--optimizer", default="adamw")
+    parser.add_argument("--network", default="mlp")
+    parser.add_argument("--clip", type=float)
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--injected", action="store_true", help="let the Trainer share out a plain loader")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    training, validation = digits()
+    training = TensorDataset(*(t[:COUNT] for t in training.tensors))
+    torch.manual_seed(3)
+    module = Classifier(options.optimizer, network(options.network))
+    several = options.processes > 1
+    if options.injected:
+        loader = DataLoader(training, BATCH // 2, shuffle=True, num_workers=1, persistent_workers=True)
+    elif several:
+        loader = DataLoader(training, BATCH // 2, sampler=Share(training))
+    else:
+        loader = DataLoader(training, BATCH, sampler=Interleaved(training))
+    path_kernel = PathKernelCallback(str(options.root / "run"), sketch_dim=512, nodes=8, probes=64)
+    trainer = pl.Trainer(
+        max_epochs=3, accelerator="cpu", devices=options.processes, strategy="ddp" if several else "auto",
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=options.root, gradient_clip_val=options.clip, accumulate_grad_batches=options.accumulate,
+        callbacks=[] if options.plain else [path_kernel], use_distributed_sampler=options.injected, num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(module, loader, DataLoader(validation, 50))
+    if trainer.is_global_zero:
+        logged = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        torch.save({"weights": module.state_dict(), "logged": logged}, options.root / "result.pt")
+
+
+class Share(torch.utils.data.Sampler[int]):
+    """A distributed sampler that learns its place when the process group is there."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset, self.epoch = dataset, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Any:
+        inner = DistributedSampler(self.dataset, shuffle=True, seed=5)
+        inner.set_epoch(self.epoch)
+        return iter(inner)
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // 2)
+
+
+if __name__ == "__main__":
+    main()
