@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -145,7 +144,7 @@ def fit_basis(
         moving = direction[name].reshape(shape)
         sketches[name] = _fit_one(train[name], probes.get(name), diagonal, moving, settings, generator, ranks)
     if ranks.world > 1:
-        sketches = {name: replace(s, **ranks.first(s.tensors())) for name, s in sketches.items()}
+        sketches = {name: sketch.with_tensors(ranks.first(sketch.tensors())) for name, sketch in sketches.items()}
     return sketches
 
 

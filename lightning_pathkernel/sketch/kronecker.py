@@ -11,6 +11,7 @@ with D the chord's preconditioner (1 for SGD), eq. (8) of docs/theory.md. ``None
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Protocol
@@ -136,6 +137,17 @@ class KroneckerSketch:
             times(self.train_right, right),
             times(self.query_left, 1 / left),
             times(self.query_right, None if right is None else 1 / right),
+        )
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> KroneckerSketch:
+        """The same sketch with other factors in the places that `tensors` names."""
+        return KroneckerSketch(
+            self.rows,
+            self.columns,
+            tensors.get("train_left"),
+            tensors.get("train_right"),
+            tensors.get("query_left"),
+            tensors.get("query_right"),
         )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -78,7 +78,8 @@ def main() -> None:
     trainer = pl.Trainer(
         max_epochs=3, accelerator="cpu", devices=options.processes, strategy="ddp" if several else "auto",
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=options.root, gradient_clip_val=options.clip, accumulate_grad_batches=options.accumulate,
+        default_root_dir=options.root,
+        gradient_clip_val=options.clip, accumulate_grad_batches=options.accumulate,
         callbacks=[] if options.plain else [path_kernel], use_distributed_sampler=options.injected, num_sanity_val_steps=0,
     )  # fmt: skip
     trainer.fit(module, loader, DataLoader(validation, 50))
