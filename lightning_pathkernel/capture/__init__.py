@@ -2,7 +2,7 @@
 
 from lightning_pathkernel.capture.gradients import OuterGradient, PerExampleGradient, VectorGradient, matrix_shape
 from lightning_pathkernel.capture.hooks import GradientCapture
-from lightning_pathkernel.capture.plan import CaptureError, CapturePlan, plan_capture
+from lightning_pathkernel.capture.plan import CaptureError, CapturePlan, compiled_modules, plan_capture
 from lightning_pathkernel.capture.rules import LayerCall, layer_rules, register_layer_rule
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "OuterGradient",
     "PerExampleGradient",
     "VectorGradient",
+    "compiled_modules",
     "layer_rules",
     "matrix_shape",
     "plan_capture",

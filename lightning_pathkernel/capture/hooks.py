@@ -48,6 +48,8 @@ class GradientCapture:
         self._parameters = plan.parameters
         self._parents = _parents(model)
         self._random: dict[int, Tensor | None] = {}
+        self._answered: set[str] = set()
+        self._recomputed: set[str] = set()
         self._pending: dict[int, dict[str, str]] = {}
         self._handles: list[RemovableHandle] = []
         self._sink: GradientSink | None = None
@@ -117,14 +119,16 @@ class GradientCapture:
             sink: Receives every gradient.
         """
         self._n, self._sink = n, sink
-        self._pending.clear()
-        self._random.clear()
+        self._clear()
 
     def end(self) -> None:
         """Stop sending."""
         self._sink = None
-        self._pending.clear()
-        self._random.clear()
+        self._clear()
+
+    def _clear(self) -> None:
+        for noted in (self._pending, self._random, self._answered, self._recomputed):
+            noted.clear()
 
     def check(self) -> None:
         """Raise what a hook found wrong; hooks cannot raise through the user's code without harm.
@@ -132,8 +136,10 @@ class GradientCapture:
         Raises:
             CaptureError: If a parameter's gradient could not be split among the examples.
         """
-        if self._pending:
-            names = sorted(name for owned in self._pending.values() for name in owned.values())
+        # checkpointing runs layers again in the backward pass; that their first run found who answers is enough
+        found = self._recomputed & self._answered
+        names = sorted({name for owned in self._pending.values() for name in owned.values()} - found)
+        if names:
             raise CaptureError(_unbatched(names, self._n))
 
     @contextmanager
@@ -173,8 +179,11 @@ class GradientCapture:
     ) -> None:
         """Take the module's own VJP for parameters that no rule answers for, or pass them on to its parent."""
         if self._batched(module, args, kwargs, output):
+            self._answered.update(pending.values())
             self._watch(OwnedLayer("", module, None, pending), args, kwargs, output, sink)
             return
+        if torch._C._current_graph_task_id() != -1:  # within a backward pass
+            self._recomputed.update(pending.values())
         parent = self._parents.get(id(module))
         if parent is None:
             raise CaptureError(_unbatched(sorted(pending.values()), self._n))
