@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_pathkernel.capture import plan_capture
+from lightning_pathkernel.capture.plan import compiled_modules
 from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.chord_io import write_chord
 from lightning_pathkernel.exporter import KernelMachineExporter, open_recording, record_metrics
@@ -84,6 +85,7 @@ class FitSession:
         for optimizer in self.optimizers:
             optimizer_rule(optimizer, allow_missing=allow)
         schedule = training_nodes(trainer, options.nodes, len(self.optimizers) if self._manual else 1)
+        _check_not_compiled(module)
         network = Network(module, plan_capture(module, everything=thaws_later(trainer)), options.forward_fn)
         probes = collect_probes(trainer, options.probes)
         if probes is not None:
@@ -203,6 +205,15 @@ class FitSession:
 
 def _unscales_by_itself(optimizer: torch.optim.Optimizer) -> bool:
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def _check_not_compiled(module: nn.Module) -> None:
+    names = compiled_modules(module)
+    if names:
+        raise FitError(
+            f"PathKernelCallback does not support compiled modules, whose graphs do not call hooks: found "
+            f"{', '.join(map(repr, names))}. Fit the module itself, without torch.compile."
+        )
 
 
 def _check_forward(network: Network, probes: object) -> None:

@@ -98,6 +98,7 @@ class PathRecorder:
         self.steps = 0
         self.capture = GradientCapture(network.module, network.plan)
         self.capture.retain = settings.manual
+        self.capture.lenient = settings.allow_unattributed
         self._ranks = ranks or Ranks()
         found = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else optimizers
         names = {id(p): name for name, p in network.plan.parameters.items()}

@@ -511,3 +511,16 @@ def test_a_loader_whose_rows_cannot_be_told_is_refused_with_the_remedy(tmp_path:
     loaders = {name: DataLoader(digits()[0], 16) for name in ("one", "two")}
     with pytest.raises(CaptureError, match=r"cannot tell which loader's rows 'net.3' was called with.*different batch"):
         fit(Shuffled(False), [recorder(tmp_path)], tmp_path, loader=loaders)
+
+
+@pytest.mark.parametrize("way", ["a part", "in place"])
+def test_compiled_modules_are_refused_by_name_before_the_first_step(way: str, tmp_path: Path) -> None:
+    module = Classifier()
+    if way == "a part":
+        module.net = torch.compile(module.net, backend="eager")
+    else:
+        module.net.compile(backend="eager")
+    before = copy.deepcopy(list(module.parameters()))
+    with pytest.raises(MisconfigurationException, match=r"does not support compiled modules.*found 'net'\. Fit the"):
+        fit(module, [recorder(tmp_path)], tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))

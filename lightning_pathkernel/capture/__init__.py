@@ -3,7 +3,7 @@
 from lightning_pathkernel.capture.gradients import OuterGradient, PerExampleGradient, VectorGradient, matrix_shape
 from lightning_pathkernel.capture.groups import RowGroup
 from lightning_pathkernel.capture.hooks import GradientCapture
-from lightning_pathkernel.capture.plan import CaptureError, CapturePlan, plan_capture
+from lightning_pathkernel.capture.plan import CaptureError, CapturePlan, compiled_modules, plan_capture
 from lightning_pathkernel.capture.rules import LayerCall, layer_rules, register_layer_rule
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "PerExampleGradient",
     "RowGroup",
     "VectorGradient",
+    "compiled_modules",
     "layer_rules",
     "matrix_shape",
     "plan_capture",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_pathkernel.capture.gradients import DenseGradient, PerExampleGradient, matrix_shape
+from lightning_pathkernel.capture.plan import CaptureError
 from lightning_pathkernel.capture.precision import in_parameter_dtype
 from lightning_pathkernel.capture.replay import mixes_rows, repeatable, replayed
 from lightning_pathkernel.capture.rules import LayerCall
@@ -44,10 +45,9 @@ def fallback_gradients(layer: nn.Module, call: LayerCall, names: Sequence[str]) 
     parameters = {name: layer.get_parameter(name).detach() for name in names}
     random = call.state.random if call.state is not None else None
     with repeatable(layer), replayed(random, call.grad_output.device), torch.enable_grad():
-        if random is not None or mixes_rows(layer):
+        rows = None if random is not None or mixes_rows(layer) else _over_examples(layer, call, parameters)
+        if rows is None:
             rows = _row_by_row(layer, call, parameters)
-        else:
-            rows = _over_examples(layer, call, parameters)
     return {name: DenseGradient(rows[name].reshape(call.n, *matrix_shape(parameters[name].shape))) for name in names}
 
 
@@ -74,21 +74,40 @@ def _fixed(layer: nn.Module, names: set[str]) -> dict[str, Tensor]:
 
 
 def _row_by_row(layer: nn.Module, call: LayerCall, parameters: Rows) -> Rows:
-    """One forward pass of the whole batch, and one backward pass for every row of its output."""
+    """One forward pass of the whole batch, and one backward pass for every row of its output.
+
+    Args:
+        layer: The layer.
+        call: Its call.
+        parameters: Name within the layer -> value.
+
+    Returns:
+        Name -> ``[n, *shape]``.
+
+    Raises:
+        CaptureError: If torch cannot do that, as with reentrant checkpointing inside the layer.
+    """
     leaves = {name: p.clone().requires_grad_() for name, p in parameters.items()}
     output = _rerun(layer, call, leaves, call.args, dict(call.kwargs))
     dim = _output_dim(layer, call)
     rows = []
-    for i in range(call.n):
-        grad = torch.zeros_like(output)
-        grad.select(dim, i).copy_(call.grad_output.select(dim, i))
-        found = torch.autograd.grad(output, list(leaves.values()), grad, retain_graph=True, materialize_grads=True)
-        rows.append(found)
+    try:
+        for i in range(call.n):
+            grad = torch.zeros_like(output)
+            grad.select(dim, i).copy_(call.grad_output.select(dim, i))
+            found = torch.autograd.grad(output, list(leaves.values()), grad, retain_graph=True, materialize_grads=True)
+            rows.append(found)
+    except RuntimeError as error:
+        names = ", ".join(map(repr, parameters))
+        raise CaptureError(
+            f"a {type(layer).__name__} that answers for {names} cannot be run again: {error} "
+            "Own these parameters in a module that does little else, or register a layer rule."
+        ) from error
     return {name: torch.stack([row[j] for row in rows]) for j, name in enumerate(leaves)}
 
 
-def _over_examples(layer: nn.Module, call: LayerCall, parameters: Rows) -> Rows:
-    """Every example by itself, all at once by vmap or, where that is impossible, one after the other."""
+def _over_examples(layer: nn.Module, call: LayerCall, parameters: Rows) -> Rows | None:
+    """Every example by itself, all at once by vmap or else one after the other; None if no transform works."""
     bound = inspect.signature(layer.forward).bind(*call.args, **call.kwargs).arguments
     leaves, spec = pytree.tree_flatten(dict(bound))
     dims = [_argument_dim(layer, call.n, name, leaf) for name, v in bound.items() for leaf in pytree.tree_leaves(v)]
@@ -106,10 +125,13 @@ def _over_examples(layer: nn.Module, call: LayerCall, parameters: Rows) -> Rows:
         return mapped(call.grad_output, *leaves)
     except (RuntimeError, NotImplementedError):
         rows = []
+    try:
         for i in range(call.n):
             values = [v if d is None else v.select(d, i) for v, d in zip(leaves, dims, strict=True)]
             rows.append(one(call.grad_output.select(grad_dim, i), *values))
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    except (RuntimeError, NotImplementedError):  # checkpointing inside the layer
+        return None
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _call_form(layer: nn.Module, arguments: dict[str, object]) -> tuple[tuple[object, ...], dict[str, object]]:

@@ -49,6 +49,7 @@ class GradientCapture:
 
     Attributes:
         seconds: Time spent in the hooks since the last reset, wall clock.
+        lenient: Leave alone what cannot be split among the examples, instead of raising.
         retain: Keep a layer's input after its gradient has arrived, for backward passes that retain their graph.
     """
 
@@ -58,6 +59,8 @@ class GradientCapture:
         self._parameters = plan.parameters
         self._parents = _parents(model)
         self._random: dict[int, Tensor | None] = {}
+        self._answered: set[str] = set()
+        self._recomputed: set[str] = set()
         self._pending: dict[int, dict[str, str]] = {}
         self._handles: list[RemovableHandle] = []
         self._noting = False
@@ -65,6 +68,7 @@ class GradientCapture:
         self._groups = CallGroups()
         self._batch = 0
         self.retain = False
+        self.lenient = False
         self.seconds = 0.0
 
     def attach(self) -> GradientCapture:
@@ -130,8 +134,7 @@ class GradientCapture:
         """
         self._noting = True
         self._batch += 1
-        self._pending.clear()
-        self._random.clear()
+        self._clear()
         self._groups.begin(groups)
         if len(groups) > 1 and not self._groups.followed:
             self._handles.extend(self._groups.follow(self._model))
@@ -147,8 +150,11 @@ class GradientCapture:
     def end(self) -> None:
         """The batch is over: note nothing more."""
         self._noting, self._sink = False, None
-        self._pending.clear()
-        self._random.clear()
+        self._clear()
+
+    def _clear(self) -> None:
+        for noted in (self._pending, self._random, self._answered, self._recomputed):
+            noted.clear()
 
     def check(self) -> None:
         """Raise what a hook found wrong; hooks cannot raise through the user's code without harm.
@@ -156,8 +162,10 @@ class GradientCapture:
         Raises:
             CaptureError: If a parameter's gradient could not be split among the examples.
         """
-        if self._pending:
-            names = sorted(name for owned in self._pending.values() for name in owned.values())
+        # checkpointing runs layers again in the backward pass; that their first run found who answers is enough
+        found = self._recomputed & self._answered
+        names = sorted({name for owned in self._pending.values() for name in owned.values()} - found)
+        if names:
             raise CaptureError(_unbatched(names, self._groups.n))
 
     @contextmanager
@@ -196,9 +204,14 @@ class GradientCapture:
     ) -> None:
         """Take the module's own VJP for parameters that no rule answers for, or pass them on to its parent."""
         if self._batched(module, args, kwargs, output):
+            self._answered.update(pending.values())
             self._watch(OwnedLayer("", module, None, pending), args, kwargs, output)
             return
+        if torch._C._current_graph_task_id() != -1:  # within a backward pass
+            self._recomputed.update(pending.values())
         parent = self._parents.get(id(module))
+        if parent is None and self.lenient:
+            return
         if parent is None:
             raise CaptureError(_unbatched(sorted(pending.values()), self._groups.n))
         prefix, above = parent

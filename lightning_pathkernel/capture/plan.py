@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_pathkernel.capture import conv, embedding, linear, norm  # noqa: F401  (they register their rules)
 from lightning_pathkernel.capture.rules import LayerRule, layer_rules
 
-__all__ = ["CaptureError", "CapturePlan", "OwnedLayer", "plan_capture"]
+__all__ = ["CaptureError", "CapturePlan", "OwnedLayer", "compiled_modules", "plan_capture"]
 
 _WHOLE = (nn.MultiheadAttention,)
 """Layers that use their children's parameters without calling the children."""
@@ -130,3 +131,32 @@ def _refusal(module: nn.Module, owned: list[nn.Parameter]) -> str | None:
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
         return "max_norm changes weights outside the optimiser; pass max_norm=None"
     return None
+
+
+def compiled_modules(model: nn.Module) -> list[str]:
+    """Modules with trainable parameters that run as compiled graphs, in which hooks on layers cannot be relied on.
+
+    A graph compiled before the hooks were attached never calls them; one compiled afterwards is broken up at every
+    layer, so that nothing is gained by it and training differs from the training without hooks by rounding.
+
+    Args:
+        model: The network as it is trained.
+
+    Returns:
+        Their names within the model, ``(the model)`` for itself; none for a compiled part that is frozen.
+    """
+    return [path or "(the model)" for path, module in model.named_modules() if _compiled(module) and _trains(module)]
+
+
+def _compiled(module: nn.Module) -> bool:
+    methods = (vars(module).get(name) for name in ("forward", "training_step"))
+    return (
+        isinstance(module, OptimizedModule)
+        or module._compiled_call_impl is not None
+        or getattr(module, "_compiler_ctx", None) is not None  # Lightning's mark on a module compiled as a whole
+        or any(hasattr(method, "_torchdynamo_orig_callable") for method in methods)
+    )
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())

@@ -79,8 +79,8 @@ def main() -> None:
         max_epochs=3, accelerator="cpu", devices=options.processes, strategy="ddp" if several else "auto",
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=options.root,
-        gradient_clip_val=options.clip, accumulate_grad_batches=options.accumulate,
-        callbacks=[] if options.plain else [path_kernel], use_distributed_sampler=options.injected, num_sanity_val_steps=0,
+        gradient_clip_val=options.clip, accumulate_grad_batches=options.accumulate, num_sanity_val_steps=0,
+        callbacks=[] if options.plain else [path_kernel], use_distributed_sampler=options.injected,
     )  # fmt: skip
     trainer.fit(module, loader, DataLoader(validation, 50))
     if trainer.is_global_zero:
