@@ -197,7 +197,7 @@ class PathRecorder:
             CaptureError: If they are not those that were captured.
         """
         followed = self._followed(optimizer)
-        received = followed.updates.received()
+        received = followed.received = followed.updates.received()
         new = [name for name in received if name not in self.network.parameters]
         if new:
             self.network.activate(new)
@@ -215,7 +215,7 @@ class PathRecorder:
 
     def _inspect(self, followed: FollowedOptimizer, scale: float) -> None:
         """Look at gradients that nobody has changed yet, but for a loss scale taken out of them."""
-        if not followed.fresh():
+        if not followed.fresh() or (self.settings.changes == "none" and self._all_fitted()):
             return
         received = followed.updates.received()
         followed.watch.look(received)
@@ -229,6 +229,9 @@ class PathRecorder:
         if self._chord.index == 0 and followed.updates.rule is not None and followed.updates.rule.diagonal:
             warn_of_cancelling(held, type(followed.optimizer).__name__)
 
+    def _all_fitted(self) -> bool:
+        return len(self._chord.fitted) == len(self.network.parameters)
+
     def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """An optimiser has moved the weights; ``p.grad`` is what it received.
 
@@ -240,9 +243,8 @@ class PathRecorder:
             NonFiniteError: If they are not finite.
         """
         followed = self._followed(optimizer)
-        received = followed.updates.received()
-        if received:
-            self._record(followed, received)
+        if followed.received:
+            self._record(followed, followed.received)
         self.steps += 1
         self._due = self._due or self._at_node()
         self._chord.fold()
@@ -257,13 +259,14 @@ class PathRecorder:
         moved = followed.updates.take(chord.displacement, foreign)
         if moved:
             chord.record(list(followed.parts), factor / (followed.scale * self._ranks.world), moved)
-            self._fit(followed, [name for name in received if name not in chord.fitted], foreign)
+            if not self._all_fitted() or any(part.held for part in followed.parts):
+                self._fit(followed, [name for name in received if name not in chord.fitted], foreign)
         followed.spend()
         chord.displacement.learning_time += followed.learning_rate() if followed is self._optimizers[0] else 0.0
 
     def _changes(self, followed: FollowedOptimizer) -> tuple[float, dict[str, Tensor]]:
         try:
-            return followed.watch.compare(followed.updates.received())
+            return followed.watch.compare(followed.received)
         except ValueError as error:
             raise CaptureError(
                 f"gradients were {error} between the backward pass and optimiser step {self.steps}. Clipping is "

@@ -59,6 +59,7 @@ class GradientCapture:
         self._parameters = plan.parameters
         self._parents = _parents(model)
         self._random: dict[int, Tensor | None] = {}
+        self._reruns: set[int] = set()
         self._answered: set[str] = set()
         self._recomputed: set[str] = set()
         self._pending: dict[int, dict[str, str]] = {}
@@ -87,8 +88,16 @@ class GradientCapture:
         return self
 
     def _before_forward(self, module: nn.Module, args: object) -> None:
-        """Of a module that may have to run a second time: with the random numbers it draws now."""
-        if self._noting and module.training and torch.is_grad_enabled():
+        """Of a module that may have to run a second time: with the random numbers it draws now.
+
+        In the first batch that may be any of them; then those are known that had to.
+        """
+        if (
+            self._noting
+            and (self._batch == 1 or id(module) in self._reruns)
+            and module.training
+            and torch.is_grad_enabled()
+        ):
             self._random[id(module)] = random_state(next(iter(self._parameters.values())).device)
 
     def _trains(self, owner: OwnedLayer) -> bool:
@@ -98,11 +107,17 @@ class GradientCapture:
     def _layer_hook(self, owner: OwnedLayer) -> Callable[..., None]:
         """A hook for a layer with a rule, short because it runs in every step."""
         dim = batch_dimension(owner.module)
+        parameters = [self._parameters[name] for name in owner.parameters.values()]
 
         def after_forward(
             module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
         ) -> None:
-            if not self._noting or not self._trains(owner):
+            if not self._noting:
+                return
+            for parameter in parameters:
+                if parameter.requires_grad:
+                    break
+            else:
                 return
             start = time.perf_counter()
             first = args[0] if len(args) == 1 and not kwargs else None
@@ -242,6 +257,7 @@ class GradientCapture:
             args, kwargs = pytree.tree_map(_detached, (args, kwargs))
         state = None
         if owner.rule is None and tensors:
+            self._reruns.add(id(owner.module))
             state = call_state(owner.module, self._random.pop(id(owner.module), None), tensors[0].device)
         about = _Call(owner, owner.module.training, self._groups.n, self._groups.current, self._batch, state)
         for index, tensor in enumerate(tensors):

@@ -41,8 +41,11 @@ class RpropRule:
     def denominators(
         self, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]], directions: Sequence[Tensor]
     ) -> list[Tensor]:
-        """``|prev| / step_size``, infinite where ``prev`` is 0."""
+        """``|prev| / step_size``, infinite where the sign has changed, and next to nothing without a gradient."""
         previous = [state["prev"] for state in states]
         out = torch._foreach_abs(previous)
         torch._foreach_div_(out, [state["step_size"] for state in states])
-        return [one.masked_fill_(prev == 0, torch.inf) for one, prev in zip(out, previous, strict=True)]
+        return [
+            one.masked_fill_(prev == 0, torch.inf).masked_fill_(h == 0, torch.finfo(h.dtype).tiny)
+            for one, prev, h in zip(out, previous, directions, strict=True)
+        ]

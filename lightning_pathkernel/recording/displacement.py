@@ -165,15 +165,13 @@ class ChordDisplacement:
             denominators: Overwritten; infinite where D is 0.
         """
         torch._foreach_add_(_sums(self._moved, names, directions), directions, alpha=rate)
+        torch._foreach_maximum_(_sums(self._largest, names, directions), denominators)
+        torch._foreach_reciprocal_(denominators)
         # a coordinate that does not move in this step has a D that may mean nothing: it must not bound the secant
         moving = torch._foreach_sign(directions)
         torch._foreach_abs_(moving)
-        inverses = torch._foreach_reciprocal(denominators)
-        torch._foreach_mul_(inverses, moving)
-        torch._foreach_maximum_(_sums(self._upper, names, directions), inverses)
-        torch._foreach_clamp_max_(denominators, torch.finfo(denominators[0].dtype).max)
         torch._foreach_mul_(denominators, moving)
-        torch._foreach_maximum_(_sums(self._largest, names, directions), denominators)
+        torch._foreach_maximum_(_sums(self._upper, names, directions), denominators)
 
     def parts(self, end: Tensors) -> DisplacementParts:
         """The parts of the displacement from the start to ``end``; may be asked before the chord closes."""
@@ -207,7 +205,7 @@ class ChordDisplacement:
         moved, upper = self._moved[name], self._upper[name]
         own = delta - self._decoupled[name] if name in self._decoupled else delta
         ratio = torch.where(moved == 0, torch.zeros_like(moved), -own / moved)
-        lower = torch.minimum(self._largest[name].reciprocal(), upper)  # 0 where nothing moved: upper is
+        lower = torch.minimum(self._largest[name].reciprocal(), upper)
         return torch.minimum(torch.maximum(ratio, lower), upper)
 
 

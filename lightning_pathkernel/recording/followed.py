@@ -28,6 +28,7 @@ class FollowedOptimizer:
 
     Attributes:
         parts: Rows whose gradients are in ``grad``, those that a step has used already included.
+        received: Parameters that have a gradient at the step in progress, by name.
         scale: Loss scale taken out of the gradients before `GradientWatch` looked.
     """
 
@@ -39,6 +40,7 @@ class FollowedOptimizer:
         self.updates = OptimizerUpdates(module, names, optimizer, rule)
         self.watch = GradientWatch(changes, type(optimizer).__name__)
         self.parts: list[StepRows] = []
+        self.received: dict[str, Tensor] = {}
         self.scale = 1.0
         self._names = names
         self._stale = False
