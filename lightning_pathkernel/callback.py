@@ -56,6 +56,8 @@ class PathKernelCallback(_Callback):
         sketch: Kind of sketch: ``balanced``, ``deflated``, ``random`` or ``identity``.
         unattributed: ``refuse`` what cannot be attributed to training examples (an optimiser without a rule, a layer
             whose gradient cannot be split), or ``allow`` it: then it goes to the ledger's ``unattributed`` term.
+        positions: Record every position of a sequence (token) as a row of its own: the number of positions that all
+            examples have. Position j of example i has the id ``i * positions + j``. 0 for whole examples.
 
     Raises:
         ValueError: If a number is not positive, or there is no such sketch.
@@ -74,12 +76,14 @@ class PathKernelCallback(_Callback):
         prog_bar: bool = False,
         sketch: str = "balanced",
         unattributed: str = "refuse",
+        positions: int = 0,
     ) -> None:
         for name, value in (("sketch_dim", sketch_dim), ("nodes", nodes)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, found {value}")
-        if probes < 0:
-            raise ValueError(f"probes must not be negative, found {probes}")
+        for name, value in (("probes", probes), ("positions", positions)):
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, found {value}")
         if sketch not in SKETCHES:
             raise ValueError(f"sketch must be one of {', '.join(sorted(SKETCHES))}, found {sketch!r}")
         if unattributed not in ("refuse", "allow"):
@@ -95,6 +99,7 @@ class PathKernelCallback(_Callback):
         self.prog_bar = prog_bar
         self.sketch = sketch
         self.unattributed = unattributed
+        self.positions = positions
         self.machine_dir: Path | None = None
         self.recording_dir: Path | None = None
         self._forget()
@@ -126,7 +131,7 @@ class PathKernelCallback(_Callback):
             return
         options = SessionOptions(
             self.dirpath, self.sketch_dim, self.nodes, self.probes, self.forward_fn, self.seed, self.export,
-            self.sketch, self.unattributed,
+            self.sketch, self.unattributed, self.positions,
         )  # fmt: skip
         try:
             with _translated():
@@ -147,7 +152,7 @@ class PathKernelCallback(_Callback):
         if self._session is not None:
             with _translated():
                 rows = self._rows(trainer, batch)
-            self._session.begin_batch(rows)
+                self._session.begin_batch(rows)
 
     def _rows(self, trainer: pl.Trainer, batch: Any) -> list[BatchRows]:
         """The examples of a batch, loader by loader."""

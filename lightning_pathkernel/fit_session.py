@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_pathkernel.capture import plan_capture
@@ -54,6 +54,7 @@ class SessionOptions:
     export: bool
     sketch: str
     unattributed: str
+    positions: int
 
 
 class FitSession:
@@ -99,7 +100,7 @@ class FitSession:
         settings = RecorderSettings(
             schedule, options.sketch_dim, SketchSettings(options.sketch), options.seed,
             changes=gradient_changes(trainer, module), manual=self._manual, sum_rtol=rounding_of(trainer),
-            allow_unattributed=allow,
+            allow_unattributed=allow, positions=options.positions,
         )  # fmt: skip
         self.recorder = PathRecorder(network, self.optimizers, settings, probes, self._on_chord, ranks)
         self.recorder.capture.attach()
@@ -111,7 +112,7 @@ class FitSession:
         options, names = self._options, [type(o).__name__ for o in self.optimizers]
         settings = {
             "sketch_dim": options.sketch_dim, "nodes": schedule, "seed": options.seed, "sketch": options.sketch,
-            "unattributed": options.unattributed,
+            "unattributed": options.unattributed, "positions": options.positions,
         }  # fmt: skip
         if self._ranks.rank == 0:
             facts = {
@@ -131,6 +132,7 @@ class FitSession:
     def begin_batch(self, rows: Sequence[BatchRows]) -> None:
         """A batch with these examples is coming."""
         self._batch_started = time.perf_counter()
+        _check_size([part.ids for part in rows], self._options.positions)
         with self._timed():
             self.recorder.begin_batch(rows[0].ids if len(rows) == 1 else rows)
 
@@ -205,6 +207,14 @@ class FitSession:
 
 def _unscales_by_itself(optimizer: torch.optim.Optimizer) -> bool:
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def _check_size(ids: Sequence[Tensor], positions: int) -> None:
+    if positions and any(len(part) and int(part.max()) >= 2**53 // positions for part in ids):
+        raise FitError(
+            f"positions={positions} gives position j of example i the id i * {positions} + j, and an example's id is "
+            "too large for that: string ids cannot be used with positions, integer ones must be small."
+        )
 
 
 def _check_not_compiled(module: nn.Module) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_pathkernel.capture import CaptureError, GradientCapture, PerExampleGradient, RowGroup
+from lightning_pathkernel.capture.positions import check_positions
 from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.network import Network
 from lightning_pathkernel.optim import OptimizerRule, optimizer_rule
@@ -51,6 +52,8 @@ class RecorderSettings:
         changes: What may happen to gradients between the backward pass and the step.
         manual: Whether gradients may be changed before `before_step`, and graphs retained: manual optimisation.
         sum_rtol: Share of a gradient that rounding may keep the captured rows from adding up to.
+        positions: Positions of every example that are rows of their own, with the ids ``id * positions + position``; 0
+            for whole examples.
         allow_unattributed: Leave what cannot be attributed to the residual, instead of raising.
         rule: Quadrature along a chord, where the recorder needs one.
     """
@@ -62,6 +65,7 @@ class RecorderSettings:
     changes: Changes = "factor"
     manual: bool = False
     sum_rtol: float = 1e-3
+    positions: int = 0
     allow_unattributed: bool = False
     rule: QuadratureRule = field(default_factory=lambda: gauss_legendre(2))
 
@@ -98,6 +102,9 @@ class PathRecorder:
         self.steps = 0
         self.capture = GradientCapture(network.module, network.plan)
         self.capture.retain = settings.manual
+        self.capture.positions = settings.positions
+        if settings.positions:
+            check_positions(layer for layer in network.plan.layers if layer.parameters)
         self.capture.lenient = settings.allow_unattributed
         self._ranks = ranks or Ranks()
         found = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else optimizers
@@ -134,6 +141,8 @@ class PathRecorder:
             if len(groups) > 1:
                 self._groups.append(torch.cat(self._groups))
                 groups.append(RowGroup(len(self._groups[-1])))
+        if self.settings.positions:
+            self._groups = [_by_position(ids, self.settings.positions) for ids in self._groups]
         self.capture.begin(groups)
 
     def before_backward(self) -> None:
@@ -375,6 +384,10 @@ class PathRecorder:
         if self._probes is not None:
             query = query_features(self.network, self._probes, chord, self.settings.rule, self._generator)
         return fit_second_stage(rows, query, total, self.settings.sketch_dim, self.settings.sketch, self._generator)
+
+
+def _by_position(ids: Tensor, positions: int) -> Tensor:
+    return (ids.unsqueeze(1) * positions + torch.arange(positions)).flatten()
 
 
 def _unseen(step: int) -> str:

@@ -22,6 +22,7 @@ from lightning_pathkernel.capture.fallback import batch_dimension, fallback_grad
 from lightning_pathkernel.capture.gradients import PerExampleGradient
 from lightning_pathkernel.capture.groups import CallGroups, RowGroup
 from lightning_pathkernel.capture.plan import CaptureError, CapturePlan, OwnedLayer
+from lightning_pathkernel.capture.positions import by_position, unsplit
 from lightning_pathkernel.capture.precision import full_precision, in_parameter_dtype
 from lightning_pathkernel.capture.replay import CallState, call_state, random_state
 from lightning_pathkernel.capture.rules import LayerCall
@@ -49,6 +50,7 @@ class GradientCapture:
 
     Attributes:
         seconds: Time spent in the hooks since the last reset, wall clock.
+        positions: Positions of every example that are rows of their own; 0 for whole examples.
         lenient: Leave alone what cannot be split among the examples, instead of raising.
         retain: Keep a layer's input after its gradient has arrived, for backward passes that retain their graph.
     """
@@ -70,6 +72,7 @@ class GradientCapture:
         self._batch = 0
         self.retain = False
         self.lenient = False
+        self.positions = 0
         self.seconds = 0.0
 
     def attach(self) -> GradientCapture:
@@ -287,6 +290,10 @@ class GradientCapture:
         group = about.group if about.group is not None else self._groups.refuse(owner.path)
         if sink is None:
             return
+        if self.positions:
+            if owner.rule is None:
+                raise CaptureError(unsplit(list(owner.parameters.values())))
+            call = by_position(call, self.positions)
         found: Mapping[str, PerExampleGradient]
         names = [name for name, canonical in owner.parameters.items() if self._parameters[canonical].requires_grad]
         with full_precision(call.grad_output):

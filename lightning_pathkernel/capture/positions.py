@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_pathkernel.capture.plan import CaptureError, OwnedLayer
 from lightning_pathkernel.capture.rules import LayerCall
 
-__all__ = ["by_position", "check_positions", "has_positions"]
+__all__ = ["by_position", "check_positions", "has_positions", "unsplit"]
 
 _ROWWISE = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
 """Layers that look at one position at a time, however many dimensions stand before it."""
@@ -40,6 +40,15 @@ def check_positions(layers: Iterable[OwnedLayer]) -> None:
             f"No gradients by position for {', '.join(wrong)}: only {names} treat every position by itself. Freeze the "
             "others, or record whole examples."
         )
+
+
+def unsplit(names: list[str]) -> str:
+    """What to say of parameters that were used without the positions in their inputs."""
+    return (
+        f"No gradients by position for {', '.join(map(repr, sorted(names)))}: the layer was not called with one row "
+        "per example and position (a table of positions, shared by all examples?). Freeze it, call it with the batch "
+        "in front, or record whole examples."
+    )
 
 
 def _normalises_positions(module: nn.Module) -> bool:
