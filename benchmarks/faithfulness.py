@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,12 +43,21 @@ def cnn() -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """A network, its optimiser, nodes and norm to clip at."""
+    """A network, its optimiser, nodes, norm to clip at, batches per step, and warm-up of a cosine schedule."""
 
     network: Callable[[], nn.Module]
     optimizer: Callable[[Any], torch.optim.Optimizer]
     nodes: int
     clip: float | None = None
+    accumulate: int = 1
+    warm_up: int | None = None
+
+    def rates(self, steps: int) -> list[float]:
+        """What every step's learning rate is multiplied with."""
+        if self.warm_up is None:
+            return [1.0] * steps
+        falling = [0.5 + 0.5 * math.cos(math.pi * s / (steps - self.warm_up)) for s in range(steps - self.warm_up)]
+        return [(s + 1) / self.warm_up for s in range(self.warm_up)] + falling
 
 
 CASES = {
@@ -56,6 +66,7 @@ CASES = {
     "CNN, momentum, clipping": Case(cnn, lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9), 16, 1.0),
     "MLP, AdamW": Case(mlp, lambda p: torch.optim.AdamW(p, lr=1e-3), 24),
     "CNN, AdamW": Case(cnn, lambda p: torch.optim.AdamW(p, lr=1e-3), 24),
+    "MLP, AdamW, clipping, accumulation, cosine": Case(mlp, lambda p: torch.optim.AdamW(p, lr=1e-3), 24, 1.0, 2, 10),
 }
 
 
@@ -76,6 +87,7 @@ class Run:
     case: Case
     machine: KernelMachine
     options: dict[str, Any]
+    rates: list[float]
     batches: list[Tensor]
     weights: list[Weights]
     factors: list[float]
@@ -88,20 +100,24 @@ def record(case: Case, seed: int, sketch_dim: int, data: tuple[Tensor, Tensor], 
     module = case.network()
     optimizer = case.optimizer(module.parameters())
     generator = torch.Generator().manual_seed(seed)
-    batches = [b for _ in range(EPOCHS) for b in torch.randperm(len(x), generator=generator).split(BATCH)]
+    size = BATCH * case.accumulate
+    batches = [b for _ in range(EPOCHS) for b in torch.randperm(len(x), generator=generator).split(size)]
+    rates = [factor * optimizer.param_groups[0]["lr"] for factor in case.rates(len(batches))]
     chords: list[Chord] = []
     network = Network(module, plan_capture(module))
     settings = RecorderSettings(node_schedule(len(batches), case.nodes), sketch_dim, seed=seed)
     recorder = PathRecorder(network, optimizer, settings, probes, chords.append)
     recorder.capture.attach()
     weights, factors = [network.weights()], []
-    for rows in batches:
-        recorder.begin_batch(rows)
+    for rows, rate in zip(batches, rates, strict=True):
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
-        loss = F.cross_entropy(module(x[rows]), y[rows])
-        recorder.before_backward()
-        loss.backward()
-        recorder.after_backward()
+        for part in rows.split(BATCH):
+            recorder.begin_batch(part)
+            loss = F.cross_entropy(module(x[part]), y[part], reduction="sum") / len(rows)
+            recorder.before_backward()
+            loss.backward()
+            recorder.after_backward()
         recorder.before_step()
         norm = float(nn.utils.clip_grad_norm_(module.parameters(), case.clip or float("inf")))
         factors.append(min(1.0, case.clip / (norm + 1e-6)) if case.clip else 1.0)
@@ -110,7 +126,7 @@ def record(case: Case, seed: int, sketch_dim: int, data: tuple[Tensor, Tensor], 
         recorder.end_batch()
         weights.append(network.weights())
     recorder.capture.detach()
-    return Run(case, KernelMachine(module, chords), optimizer.param_groups[0], batches, weights, factors)
+    return Run(case, KernelMachine(module, chords), optimizer.param_groups[0], rates, batches, weights, factors)
 
 
 def _flat(tensors: Weights) -> Tensor:
@@ -141,12 +157,12 @@ class BruteForce:
         options, out, second = self.run.options, [], torch.zeros(1)
         for step in range(len(self.run.batches)):
             if not self.adam:
-                out.append(torch.tensor(options["lr"]))
+                out.append(torch.tensor(self.run.rates[step]))
                 continue
             first, beta = options["betas"]
             second = beta * second + (1 - beta) * self._gradients(step).sum(0).square()
             root = (second / (1 - beta ** (step + 1))).sqrt() + options["eps"]
-            out.append(options["lr"] * (1 - first) / (1 - first ** (step + 1)) / root)
+            out.append(self.run.rates[step] * (1 - first) / (1 - first ** (step + 1)) / root)
         return out
 
     def _mean_gradient(self, step: int, queries: Tensor, target: Tensor) -> Tensor:
