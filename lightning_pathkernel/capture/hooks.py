@@ -216,8 +216,9 @@ class GradientCapture:
             tensors = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
             args, kwargs = pytree.tree_map(_detached, (args, kwargs))
         state = None
-        if owner.rule is None and tensors:
-            state = call_state(owner.module, self._random.pop(id(owner.module), None), tensors[0].device)
+        before = self._random.pop(id(owner.module), None)
+        if tensors and (owner.rule is None or before is not None):
+            state = call_state(owner.module, before, tensors[0].device)
         for index, tensor in enumerate(tensors):
             if not tensor.requires_grad:
                 continue
