@@ -136,7 +136,8 @@ class Network:
         fastpath = torch.backends.mha.get_fastpath_enabled()
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.autocast("cpu", enabled=False))
+            for device in {"cpu", *(p.device.type for p in self.plan.parameters.values())}:
+                stack.enter_context(torch.autocast(device, enabled=False))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             try:
                 self.module.eval()

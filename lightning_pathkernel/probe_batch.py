@@ -46,7 +46,7 @@ def collect_probes(trainer: Any, count: int) -> Any | None:
         warnings.warn(
             f"probes={count}, but the validation set has {found} examples: all of them are followed.", stacklevel=2
         )
-    return trainer.strategy.batch_to_device(batch)
+    return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
 
 
 @contextmanager

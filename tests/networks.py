@@ -63,15 +63,15 @@ class Recurrent(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Patches, a class token and learned positions before two encoder layers."""
+    """Patches, a class token and learned positions before encoder layers."""
 
-    def __init__(self, dropout: float = 0.0, width: int = 8) -> None:
+    def __init__(self, dropout: float = 0.0, depth: int = 2, width: int = 8) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, width, 4, stride=4)
         self.begin = nn.Parameter(torch.randn(1, 1, width) * 0.1)
         self.positions = nn.Parameter(torch.randn(1, 5, width) * 0.1)
         layer = nn.TransformerEncoderLayer(width, 2, 12, dropout, "gelu", batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         self.head = nn.Linear(width, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ NETWORKS: dict[str, Case] = {
     "gru": Case(lambda: Recurrent(nn.GRU, batch_first=True), series),
     "gru, time first": Case(lambda: Recurrent(nn.GRU, batch_first=False), series),
     "vision transformer": Case(VisionTransformer, images),
-    "vision transformer with dropout": Case(lambda: VisionTransformer(dropout=0.1), images, mixes_rows=True),
+    "vision transformer with dropout": Case(lambda: VisionTransformer(dropout=0.1, depth=1), images, mixes_rows=True),
     "language model": Case(LanguageModel, sentences, forward_fn=last_token),
     "no rule for any layer": Case(Mixed, vectors),
 }

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_pathkernel.capture.errors import CaptureError
 from lightning_pathkernel.capture.gradients import DenseGradient, PerExampleGradient, matrix_shape
-from lightning_pathkernel.capture.plan import CaptureError
 from lightning_pathkernel.capture.precision import in_parameter_dtype
 from lightning_pathkernel.capture.replay import mixes_rows, repeatable, replayed
 from lightning_pathkernel.capture.rules import LayerCall

@@ -259,9 +259,11 @@ class GradientCapture:
             tensors = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
             args, kwargs = pytree.tree_map(_detached, (args, kwargs))
         state = None
-        if owner.rule is None and tensors:
-            self._reruns.add(id(owner.module))
-            state = call_state(owner.module, self._random.pop(id(owner.module), None), tensors[0].device)
+        before = self._random.pop(id(owner.module), None)
+        if tensors and (owner.rule is None or before is not None):
+            state = call_state(owner.module, before, tensors[0].device)
+            if owner.rule is None or state.random is not None:
+                self._reruns.add(id(owner.module))
         about = _Call(owner, owner.module.training, self._groups.n, self._groups.current, self._batch, state)
         for index, tensor in enumerate(tensors):
             if tensor.requires_grad:

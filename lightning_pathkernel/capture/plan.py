@@ -11,17 +11,14 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_pathkernel.capture import conv, embedding, linear, norm  # noqa: F401  (they register their rules)
+from lightning_pathkernel.capture import attention, conv, embedding, linear, norm  # noqa: F401  (they register rules)
+from lightning_pathkernel.capture.errors import CaptureError
 from lightning_pathkernel.capture.rules import LayerRule, layer_rules
 
 __all__ = ["CaptureError", "CapturePlan", "OwnedLayer", "compiled_modules", "plan_capture"]
 
 _WHOLE = (nn.MultiheadAttention,)
 """Layers that use their children's parameters without calling the children."""
-
-
-class CaptureError(RuntimeError):
-    """Per-example gradients cannot be taken from this model or this step."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,7 @@ def _own_parameters(module: nn.Module, skipped: set[int]) -> dict[str, nn.Parame
 
 
 def _plain(module: nn.Module, owned: Mapping[str, str]) -> bool:
-    """Whether no hook computes the weight of ``module``: old-style weight norm, spectral norm and pruning do.
+    """Whether nothing computes a weight of ``module``: old-style weight norm, spectral norm and pruning do by hooks.
 
     They leave the class as it is, turn ``weight`` into an attribute, and keep parameters ``weight_g``, ``weight_orig``.
 
@@ -116,7 +113,13 @@ def _plain(module: nn.Module, owned: Mapping[str, str]) -> bool:
     Returns:
         Whether its class says how its parameters are used.
     """
-    return not any(isinstance(vars(module).get(name.rpartition("_")[0]), Tensor) for name in owned)
+    for name in owned:
+        path, _, leaf = name.rpartition(".")
+        if "parametrizations" in path or isinstance(
+            vars(module.get_submodule(path)).get(leaf.rpartition("_")[0]), Tensor
+        ):
+            return False
+    return True
 
 
 def _refusal(module: nn.Module, owned: list[nn.Parameter]) -> str | None:

@@ -25,7 +25,7 @@ LAYERS = {
     nn.BatchNorm3d: (lambda: nn.BatchNorm3d(4), (N, 4, 3, 3, 2)),
     "fallback": (lambda: Scale(8), (N, 8)),
     "fallback, random": (lambda: nn.LSTM(8, 6, 2, dropout=0.3, batch_first=True), (N, 4, 8)),
-    "attention": (lambda: nn.MultiheadAttention(8, 2, batch_first=True), (N, 4, 8)),
+    nn.MultiheadAttention: (lambda: nn.MultiheadAttention(8, 2, dropout=0.2, batch_first=True), (N, 4, 8)),
 }
 
 
