@@ -37,6 +37,7 @@ types: $(INSTALLED)
 bench: $(INSTALLED)
 	$(PY) -m benchmarks.step_time
 	$(PY) -m benchmarks.trainer_time
+	$(PY) -m benchmarks.memory
 	if test -d "$(FASHION_MNIST)"; then $(PY) -m benchmarks.faithfulness "$(FASHION_MNIST)"; else \
 	  echo "faithfulness not measured: make bench FASHION_MNIST=DIRECTORY of the *-ubyte.gz files"; fi
 

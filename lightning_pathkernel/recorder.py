@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -21,53 +20,20 @@ from lightning_pathkernel.capture.positions import check_positions
 from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.network import Network
 from lightning_pathkernel.optim import OptimizerRule, optimizer_rule
-from lightning_pathkernel.path import QuadratureRule, gauss_legendre
-from lightning_pathkernel.recording.basis import fit_basis, probe_gradients, query_features, random_cotangent
 from lightning_pathkernel.recording.cancelling import warn_of_cancelling
 from lightning_pathkernel.recording.checks import sum_gaps
+from lightning_pathkernel.recording.fitting import SketchFitter, check_ranks
 from lightning_pathkernel.recording.followed import FollowedOptimizer
 from lightning_pathkernel.recording.open_chord import OpenChord, compressed
 from lightning_pathkernel.recording.ranks import Ranks
-from lightning_pathkernel.recording.received import Changes
 from lightning_pathkernel.recording.rows import StepRows
-from lightning_pathkernel.sketch import SketchSettings, fit_second_stage
+from lightning_pathkernel.recording.settings import RecorderSettings
 
 __all__ = ["NonFiniteError", "PathRecorder", "RecorderSettings"]
 
 
 class NonFiniteError(ArithmeticError):
     """Gradients or weights stopped being finite."""
-
-
-@dataclass(frozen=True)
-class RecorderSettings:
-    """What is recorded.
-
-    Attributes:
-        nodes: Optimiser steps at which chords end, rising, the first one 0; beyond the last one the last interval
-            repeats.
-        sketch_dim: Numbers stored per example and chord.
-        sketch: How sketches are fitted.
-        seed: Seed of the private random generator.
-        changes: What may happen to gradients between the backward pass and the step.
-        manual: Whether gradients may be changed before `before_step`, and graphs retained: manual optimisation.
-        sum_rtol: Share of a gradient that rounding may keep the captured rows from adding up to.
-        positions: Positions of every example that are rows of their own, with the ids ``id * positions + position``; 0
-            for whole examples.
-        allow_unattributed: Leave what cannot be attributed to the residual, instead of raising.
-        rule: Quadrature along a chord, where the recorder needs one.
-    """
-
-    nodes: Sequence[int]
-    sketch_dim: int = 256
-    sketch: SketchSettings = field(default_factory=SketchSettings)
-    seed: int = 0
-    changes: Changes = "factor"
-    manual: bool = False
-    sum_rtol: float = 1e-3
-    positions: int = 0
-    allow_unattributed: bool = False
-    rule: QuadratureRule = field(default_factory=lambda: gauss_legendre(2))
 
 
 class PathRecorder:
@@ -112,10 +78,8 @@ class PathRecorder:
         self._optimizers = [
             FollowedOptimizer(network.module, names, each, self._rule(each), settings.changes) for each in found
         ]
-        self._probes = probes
+        self._fitter = SketchFitter(network, probes, settings, self._ranks)
         self._on_chord = on_chord
-        self._generator = torch.Generator().manual_seed(settings.seed)
-        self._shapes = {name: p.shape for name, p in network.plan.parameters.items()}
         self._groups: list[Tensor] = []
         self._rows: list[StepRows] | None = None
         self._chord = OpenChord(network, self._ranks)
@@ -228,10 +192,13 @@ class PathRecorder:
             return
         received = followed.updates.received()
         followed.watch.look(received)
-        held = followed.held([name for name in received if name not in self._chord.fitted])
+        unfitted = {name: p for name, p in received.items() if name not in self._chord.fitted}
+        if not unfitted:
+            return
+        held = followed.held(list(unfitted))
+        check_ranks(held, list(unfitted), self._ranks, next(iter(unfitted.values())))
         if not held or followed.reused:
             return
-        unfitted = {name: p for name, p in received.items() if name not in self._chord.fitted}
         gaps = sum_gaps(held, unfitted, scale * self._ranks.world, self.settings.sum_rtol, self._ranks)
         if gaps and not self.settings.allow_unattributed:
             raise CaptureError(f"at optimiser step {self.steps} {gaps}")
@@ -263,7 +230,7 @@ class PathRecorder:
     def _record(self, followed: FollowedOptimizer, received: dict[str, Tensor]) -> None:
         factor, foreign = self._changes(followed)
         self._check_finite(followed, factor)
-        foreign.update(self._uncaptured(followed, received, factor))
+        foreign.update(self._uncaptured(followed, received))
         chord = self._chord
         moved = followed.updates.take(chord.displacement, foreign)
         if moved:
@@ -282,7 +249,7 @@ class PathRecorder:
                 "supported, changes by hand are not."
             ) from error
 
-    def _uncaptured(self, followed: FollowedOptimizer, received: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
+    def _uncaptured(self, followed: FollowedOptimizer, received: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients of parameters for which no row has anything, and which may be left unattributed."""
         if not self.settings.allow_unattributed or followed.updates.rule is None:
             return {}
@@ -334,23 +301,11 @@ class PathRecorder:
         chord, updates = self._chord, followed.updates
         parameters = {name: p for name, p in self.network.parameters.items() if name in names}
         with self.capture.paused():
-            probes = {} if self._probes is None else self._probe_blocks(names)
-        sketches = fit_basis(
-            next(batch for batch in held if batch),
-            probes,
-            updates.preconditioner(names, chord.displacement),
-            updates.direction(parameters),
-            {name: self._shapes[name] for name in parameters},
-            self.settings.sketch,
-            self._generator,
-            self._ranks,
-        )
+            sketches = self._fitter.first_stage(
+                held, parameters, updates.preconditioner(names, chord.displacement), updates.direction(parameters)
+            )
         pulls = chord.displacement.earlier_pulls
         chord.rebase(sketches, lambda newest: updates.earlier_momentum(parameters, newest, foreign, pulls))
-
-    def _probe_blocks(self, names: set[str]) -> dict[str, list[PerExampleGradient]]:
-        found = probe_gradients(self.network, self._probes, random_cotangent(self._generator))
-        return {name: uses for name, uses in found.items() if name in names}
 
     def close_chord(self) -> None:
         """End the open chord at the weights as they are now and hand it on; nothing happens if it is empty.
@@ -369,7 +324,7 @@ class PathRecorder:
         for name, value in chord.delta.items():
             if not bool(value.isfinite().all()):
                 raise NonFiniteError(f"weights of {name!r} are not finite at optimiser step {self.steps}")
-        chord = compressed(chord, self._ranks, partial(self._second_stage, chord), self.settings.sketch_dim)
+        chord = compressed(chord, self._ranks, partial(self._fitter.second_stage, chord), self.settings.sketch_dim)
         for optimizer in self._optimizers:
             optimizer.end_chord()
         self._chord.follow(self.steps)
@@ -378,12 +333,6 @@ class PathRecorder:
     def snapshot(self) -> Chord | None:
         """The open chord as if it ended here, with first-stage rows; None where nothing was learned since its node."""
         return self._chord.snapshot(self.steps)
-
-    def _second_stage(self, chord: Chord, rows: Tensor, total: Tensor) -> tuple[Tensor, Tensor] | None:
-        query = None
-        if self._probes is not None:
-            query = query_features(self.network, self._probes, chord, self.settings.rule, self._generator)
-        return fit_second_stage(rows, query, total, self.settings.sketch_dim, self.settings.sketch, self._generator)
 
 
 def _by_position(ids: Tensor, positions: int) -> Tensor:

@@ -1,0 +1,94 @@
+"""Both stages of a chord's sketch, fitted to what was recorded and to the probes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_pathkernel.capture import CaptureError, PerExampleGradient
+from lightning_pathkernel.chord import Chord
+from lightning_pathkernel.network import Network, Tensors
+from lightning_pathkernel.recording.basis import fit_basis, probe_gradients, query_features, random_cotangent
+from lightning_pathkernel.recording.ranks import Ranks
+from lightning_pathkernel.recording.settings import RecorderSettings
+from lightning_pathkernel.sketch import KroneckerSketch, fit_second_stage
+
+__all__ = ["SketchFitter", "check_ranks"]
+
+Held = Sequence[Mapping[str, Sequence[PerExampleGradient]]]
+
+
+class SketchFitter:
+    """Chooses sketches for a network in training.
+
+    Args:
+        network: The network.
+        probes: A batch of validation examples, or None.
+        settings: What to record.
+        ranks: The processes that record it.
+    """
+
+    def __init__(self, network: Network, probes: object | None, settings: RecorderSettings, ranks: Ranks) -> None:
+        self._network = network
+        self._probes = probes
+        self._settings = settings
+        self._ranks = ranks
+        self._generator = torch.Generator().manual_seed(settings.seed)
+
+    def first_stage(
+        self, held: Held, parameters: Mapping[str, Tensor], preconditioner: Tensors, direction: Tensors
+    ) -> dict[str, KroneckerSketch]:
+        """Sketches of some parameters.
+
+        Args:
+            held: Their gradients, backward pass by backward pass; the first one of each parameter is looked at.
+            parameters: The parameters.
+            preconditioner: D of the latest step; empty for the identity.
+            direction: Where the optimiser is moving.
+
+        Returns:
+            Parameter -> sketch.
+        """
+        train: dict[str, Sequence[PerExampleGradient]] = {}
+        for batch in reversed(held):
+            train.update(batch)
+        probes: Mapping[str, list[PerExampleGradient]] = {}
+        if self._probes is not None:
+            probes = probe_gradients(self._network, self._probes, random_cotangent(self._generator))
+        shapes = {name: p.shape for name, p in parameters.items()}
+        return fit_basis(
+            train, probes, preconditioner, direction, shapes, self._settings.sketch, self._generator, self._ranks
+        )
+
+    def second_stage(self, chord: Chord, rows: Tensor, total: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Maps that bring all rows ``[V, F]`` of a chord, ``total`` their sum, down to ``sketch_dim``, or None."""
+        settings, query = self._settings, None
+        if self._probes is not None:
+            query = query_features(self._network, self._probes, chord, settings.rule, self._generator)
+        return fit_second_stage(rows, query, total, settings.sketch_dim, settings.sketch, self._generator)
+
+
+def check_ranks(held: Held, unfitted: Sequence[str], ranks: Ranks, like: Tensor) -> None:
+    """All processes must have gradients of the same parameters, or none of them.
+
+    Args:
+        held: This process' gradients.
+        unfitted: Parameters that are about to get a sketch, the same everywhere.
+        ranks: The processes.
+        like: Gives the device.
+
+    Raises:
+        CaptureError: On all processes, naming the parameters that only some have gradients of.
+    """
+    if ranks.world == 1:
+        return
+    mine = {name for batch in held for name in batch}
+    counts = ranks.total(torch.tensor([float(name in mine) for name in unfitted], device=like.device)).tolist()
+    some = [name for name, count in zip(unfitted, counts, strict=True) if 0 < count < ranks.world]
+    if some:
+        raise CaptureError(
+            f"only some of the {ranks.world} processes had a gradient of {', '.join(map(repr, some))} in this step: "
+            "let every batch use the same layers, or train on one device."
+        )
