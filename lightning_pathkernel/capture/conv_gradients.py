@@ -69,9 +69,9 @@ class ConvGradient:
         """Samples of the formed gradients: a convolution has few weights."""
         return dense_moments(self.dense())
 
-    def head(self, count: int) -> ConvGradient:
-        """The first ``count`` examples."""
-        return ConvGradient(self.inputs[:count], self.grad_outputs[:count], self.geometry, WindowScratch())
+    def take(self, which: slice) -> ConvGradient:
+        """Some of the examples."""
+        return ConvGradient(self.inputs[which], self.grad_outputs[which], self.geometry, WindowScratch())
 
 
 class ConvBiasGradient(VectorGradient):

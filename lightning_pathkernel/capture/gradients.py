@@ -62,8 +62,8 @@ class PerExampleGradient(Protocol):
         """Samples ``X`` with ``X.T @ X = sum_n G G.T`` (``[*, r]``) and ``sum_n G.T G`` (``[*, c]``)."""
         ...
 
-    def head(self, count: int) -> PerExampleGradient:
-        """The first ``count`` examples."""
+    def take(self, which: slice) -> PerExampleGradient:
+        """Some of the examples."""
         ...
 
 
@@ -108,9 +108,9 @@ class DenseGradient:
         """Row samples ``[n * c, r]`` and column samples ``[n * r, c]``."""
         return dense_moments(self.gradients)
 
-    def head(self, count: int) -> DenseGradient:
-        """The first ``count`` examples."""
-        return DenseGradient(self.gradients[:count])
+    def take(self, which: slice) -> DenseGradient:
+        """Some of the examples."""
+        return DenseGradient(self.gradients[which])
 
 
 @dataclass(slots=True)
@@ -145,9 +145,9 @@ class VectorGradient:
         """One sample per example, and one per number."""
         return self.values, self.values.reshape(-1, 1)
 
-    def head(self, count: int) -> VectorGradient:
-        """The first ``count`` examples."""
-        return VectorGradient(self.values[:count])
+    def take(self, which: slice) -> VectorGradient:
+        """Some of the examples."""
+        return VectorGradient(self.values[which])
 
 
 @dataclass(slots=True)
@@ -183,9 +183,9 @@ class OuterGradient:
         left, right = self.left, self.right
         return left * right.norm(dim=1, keepdim=True), right * left.norm(dim=1, keepdim=True)
 
-    def head(self, count: int) -> OuterGradient:
-        """The first ``count`` examples."""
-        return OuterGradient(self.left[:count], self.right[:count])
+    def take(self, which: slice) -> OuterGradient:
+        """Some of the examples."""
+        return OuterGradient(self.left[which], self.right[which])
 
 
 @dataclass(frozen=True)
@@ -219,9 +219,9 @@ class FactoredGradient:
         """Samples of the formed gradients."""
         return dense_moments(self.dense())
 
-    def head(self, count: int) -> FactoredGradient:
-        """The first ``count`` examples."""
-        return FactoredGradient(self.left[:count], self.right[:count])
+    def take(self, which: slice) -> FactoredGradient:
+        """Some of the examples."""
+        return FactoredGradient(self.left[which], self.right[which])
 
 
 @dataclass(frozen=True)
@@ -261,9 +261,9 @@ class IndexedGradient:
         """Samples of the formed gradients."""
         return dense_moments(self.dense())
 
-    def head(self, count: int) -> IndexedGradient:
-        """The first ``count`` examples."""
-        return IndexedGradient(self.indices[:count], self.right[:count], self.rows)
+    def take(self, which: slice) -> IndexedGradient:
+        """Some of the examples."""
+        return IndexedGradient(self.indices[which], self.right[which], self.rows)
 
 
 def zero_where(mask: Tensor, values: Tensor) -> Tensor:

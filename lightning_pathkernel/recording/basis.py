@@ -29,9 +29,9 @@ def dense_sample(uses: Sequence[PerExampleGradient], shape: tuple[int, int], row
     """Gradients of as many leading examples as fit, formed whole and added over the uses, ``[m, r, c]``."""
     fit = max(8, _DENSE_NUMBERS // (shape[0] * shape[1]))
     count = min(uses[0].n, fit if rows is None else min(fit, rows))
-    total = uses[0].head(count).dense()
+    total = uses[0].take(slice(count)).dense()
     for use in uses[1:]:
-        total = total + use.head(count).dense()
+        total = total + use.take(slice(count)).dense()
     return total
 
 
@@ -93,7 +93,7 @@ def _moments(
 ) -> tuple[Tensor, Tensor]:
     if scale is None and len(uses) == 1:
         fit = max(8, _DENSE_NUMBERS // (shape[0] * shape[1]))
-        return uses[0].head(max(fit // world, 1)).moments()
+        return uses[0].take(slice(max(fit // world, 1))).moments()
     dense = dense_sample(uses, shape, rows=64 // world)
     return _sides(dense if scale is None else dense * scale)
 

@@ -22,8 +22,21 @@ from torch import Tensor
 __all__ = ["Contractible", "KroneckerSketch"]
 
 
+_NUMBERS = 1 << 21
+"""At most this many numbers of gradients are formed at once, 8 MB."""
+
+
 class Contractible(Protocol):
     """What a sketch asks of a per-example gradient."""
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        ...
+
+    def take(self, which: slice) -> Contractible:
+        """Some of the examples."""
+        ...
 
     def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """``left @ G_n @ right.T``, ``[n, k_left, k_right]``."""
@@ -80,7 +93,10 @@ class KroneckerSketch:
         """Features of queries, ``[n, k_left * k_right]``; ``preconditioner [r, c]`` is D."""
         if preconditioner is None:
             return gradient.project(self.query_left, self.query_right).flatten(1)
-        return _sandwich(self.query_left, gradient.dense() * preconditioner, self.query_right).flatten(1)
+        rows = max(1, _NUMBERS // preconditioner.numel())
+        parts = [gradient.take(slice(start, start + rows)) for start in range(0, gradient.n, rows)]
+        whole = [_sandwich(self.query_left, part.dense() * preconditioner, self.query_right) for part in parts]
+        return torch.cat(whole).flatten(1)
 
     def train_matrix(self, matrix: Tensor) -> Tensor:
         """The training-side features of a whole gradient ``[r, c]``: ``[k_left * k_right]``."""

@@ -1,0 +1,24 @@
+"""The resident set does not grow with the number of steps."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+def ranges(steps: int, warm_up: int) -> list[float]:
+    """Range of the resident set after the warm-up, relative to it: each network without and with the callback."""
+    command = [sys.executable, "-m", "benchmarks.memory", f"--steps={steps}", f"--warm-up={warm_up}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True)
+    rows = [line for line in done.stdout.splitlines() if line.startswith(("| MLP", "| CNN"))]
+    return [float(line.split("|")[7].strip().removesuffix("%")) / 100 for line in rows]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+def test_two_thousand_steps() -> None:
+    found = ranges(2000, 500)
+    assert len(found) == 4
+    assert max(found) <= 0.05, found
