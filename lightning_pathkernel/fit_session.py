@@ -91,7 +91,7 @@ class FitSession:
         probes = collect_probes(trainer, options.probes)
         if probes is not None:
             _check_forward(network, probes)
-        ranks = Ranks(trainer.world_size, trainer.global_rank)
+        ranks = Ranks(trainer.world_size, trainer.global_rank, trainer.strategy.root_device)
         self._ranks = ranks
         directory = output_directory(trainer, options.dirpath, used_before)
         self.recording_dir, self.machine_dir = directory / "recording", directory / "machine"

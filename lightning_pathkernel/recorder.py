@@ -9,7 +9,7 @@ optimisers, and steps that an optimiser skips need no more than that.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -52,6 +52,7 @@ class PathRecorder:
 
     Raises:
         UnsupportedOptimizerError: If an optimiser has no rule and may not be left unattributed.
+        CaptureError: If two optimisers share a parameter, or positions were asked for and a layer has none.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class PathRecorder:
         self._ranks = ranks or Ranks()
         found = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else optimizers
         names = {id(p): name for name, p in network.plan.parameters.items()}
+        _check_shared(found, names)
         self._optimizers = [
             FollowedOptimizer(network.module, names, each, self._rule(each), settings.changes) for each in found
         ]
@@ -223,7 +225,7 @@ class PathRecorder:
             self._record(followed, followed.received)
         self.steps += 1
         self._due = self._due or self._at_node()
-        self._chord.fold()
+        self._chord.fold([part for each in self._optimizers for part in each.parts])
         if not self.settings.manual:  # a gradient may be used again until it is zeroed, which shows at the next one
             self._close_if_due()
 
@@ -318,7 +320,7 @@ class PathRecorder:
             self._close()
 
     def _close(self) -> None:
-        chord = self._chord.snapshot(self.steps)
+        chord = self._chord.snapshot(self.steps, influences=True)
         if chord is None:
             return
         for name, value in chord.delta.items():
@@ -333,6 +335,15 @@ class PathRecorder:
     def snapshot(self) -> Chord | None:
         """The open chord as if it ended here, with first-stage rows; None where nothing was learned since its node."""
         return self._chord.snapshot(self.steps)
+
+
+def _check_shared(optimizers: Sequence[torch.optim.Optimizer], names: Mapping[int, str]) -> None:
+    owned = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    shared = sorted({names.get(i, "a parameter outside the module") for i in owned if owned.count(i) > 1})
+    if shared:
+        raise CaptureError(
+            f"{', '.join(map(repr, shared))} belong to several optimisers: give each one to a single one."
+        )
 
 
 def _by_position(ids: Tensor, positions: int) -> Tensor:

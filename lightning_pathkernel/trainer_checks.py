@@ -177,10 +177,19 @@ def output_directory(trainer: Any, dirpath: str | None, used_before: bool) -> Pa
     Raises:
         FitError: If the user's choice has something in it already.
     """
+    found = _chosen(trainer, dirpath, used_before) if trainer.is_global_zero else None
+    path, wrong = trainer.strategy.broadcast(found)  # one process looks, for another may have begun to write
+    if wrong is not None:
+        raise FitError(wrong)
+    return Path(path)
+
+
+def _chosen(trainer: Any, dirpath: str | None, used_before: bool) -> tuple[str, str | None]:
+    """The directory, and what is wrong with it."""
     if dirpath is not None:
         base = Path(dirpath)
         if not used_before and base.exists() and any(base.iterdir()):
-            raise FitError(
+            return dirpath, (
                 f"dirpath {str(base)!r} is not empty (it has {min(p.name for p in base.iterdir())!r}): nothing is "
                 "overwritten. Choose another dirpath, or remove it."
             )
@@ -190,7 +199,7 @@ def output_directory(trainer: Any, dirpath: str | None, used_before: bool) -> Pa
         base = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version / "pathkernel"
     else:
         base = Path(trainer.default_root_dir) / "pathkernel"
-    return _unused(Path(str(trainer.strategy.broadcast(str(base)))))
+    return str(_unused(base)), None
 
 
 def _unused(base: Path) -> Path:

@@ -61,7 +61,6 @@ class GradientCapture:
         self._parameters = plan.parameters
         self._parents = _parents(model)
         self._random: dict[int, Tensor | None] = {}
-        self._reruns: set[int] = set()
         self._answered: set[str] = set()
         self._recomputed: set[str] = set()
         self._pending: dict[int, dict[str, str]] = {}
@@ -91,16 +90,8 @@ class GradientCapture:
         return self
 
     def _before_forward(self, module: nn.Module, args: object) -> None:
-        """Of a module that may have to run a second time: with the random numbers it draws now.
-
-        In the first batch that may be any of them; then those are known that had to.
-        """
-        if (
-            self._noting
-            and (self._batch == 1 or id(module) in self._reruns)
-            and module.training
-            and torch.is_grad_enabled()
-        ):
+        """Of a module that may have to run a second time: with the random numbers it draws now."""
+        if self._noting and module.training and torch.is_grad_enabled():
             self._random[id(module)] = random_state(next(iter(self._parameters.values())).device)
 
     def _trains(self, owner: OwnedLayer) -> bool:
@@ -262,8 +253,6 @@ class GradientCapture:
         before = self._random.pop(id(owner.module), None)
         if tensors and (owner.rule is None or before is not None):
             state = call_state(owner.module, before, tensors[0].device)
-            if owner.rule is None or state.random is not None:
-                self._reruns.add(id(owner.module))
         about = _Call(owner, owner.module.training, self._groups.n, self._groups.current, self._batch, state)
         for index, tensor in enumerate(tensors):
             if tensor.requires_grad:

@@ -21,7 +21,7 @@ Blocks = Mapping[str, Sequence[PerExampleGradient]]
 
 Sketches = Mapping[str, KroneckerSketch]
 
-_DENSE_NUMBERS = 1 << 23
+_DENSE_NUMBERS = 1 << 22
 """At most this many numbers of per-example gradients are formed at once."""
 
 

@@ -102,53 +102,66 @@ class OpenChord:
         self.sketches.update(sketches)
         self.fitted.update(sketches)
 
-    def fold(self) -> None:
-        """Add up by example the visits whose weights are final, once single ones take too much memory."""
+    def fold(self, waiting: Sequence[StepRows]) -> None:
+        """Add up by example the visits whose weights are final, once single ones take too much memory.
+
+        Args:
+            waiting: Rows that no step, or not every optimiser's, has used yet.
+        """
         if self._kept < _FOLD:
             return
         alive = self._visits.alive()
         final = np.setdiff1d(np.arange(len(self._steps)), alive)
         parts = self.displacement.parts(self._network.weights())
-        self._folded = [self._summed([self._steps[i] for i in final], self._visits.weights[final], parts)]
+        ids, rows, inner = self._summed([self._steps[i] for i in final], self._visits.weights[final], parts, True)
+        self._folded = [(ids, rows, inner)]
         self._steps = [self._steps[i] for i in alive]
         self._carried = int((alive < self._carried).sum())
         self._visits.keep(alive, chord_closed=False)
         self._arenas = (self._arenas[1], self._arenas[0])
-        for step in self._steps:
-            for part in step.parts:
-                if isinstance(part, StepRows):
-                    part.move(self.arena)
+        live = [part for step in self._steps for part in step.parts if isinstance(part, StepRows)]
+        for part in [*live, *waiting]:
+            part.move(self.arena)
         self._arenas[1].reset()
-        self._kept = sum(p.numbers() for step in self._steps for p in step.parts if isinstance(p, StepRows))
+        self._kept = sum(part.numbers() for part in live)
 
     def _summed(
         self, steps: Sequence[RecordedStep], weights: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
-        parts: DisplacementParts,
+        parts: DisplacementParts, influences: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Ids, rows and self-influences of some steps together with what was folded, by example."""
+        """Ids, rows and, if asked for, self-influences of some steps and of what was folded, by example."""
         ids = torch.unique(torch.cat([visited(steps), *(folded[0] for folded in self._folded)]))
         features = sum(sketch.features for sketch in self.sketches.values())
         like = next(iter(parts.delta.values()))
         columns = {name: j for j, name in enumerate(self._network.parameters)}
         weights = weights[:, [columns[name] for name in self.sketches]]
         rows = summed(ids, weighted(steps, weights, self.sketches), (features,), like)
-        inner = summed(
-            ids, self_influence(steps, weights, self.sketches, parts.preconditioner, self._ranks.world), (), like
-        )
+        inner = like.new_zeros(len(ids))
+        if influences:
+            each = self_influence(steps, weights, self.sketches, parts.preconditioner, self._ranks.world)
+            inner = summed(ids, each, (), like)
         for found, folded_rows, folded_inner in self._folded:
             at = torch.searchsorted(ids, found).to(rows.device)
             rows.index_add_(0, at, folded_rows)
             inner.index_add_(0, at, folded_inner)
         return ids, rows, inner
 
-    def snapshot(self, last_step: int) -> Chord | None:
-        """The chord as if it ended here, with first-stage rows; None where nothing was learned since its node."""
+    def snapshot(self, last_step: int, influences: bool = False) -> Chord | None:
+        """The chord as if it ended here, with first-stage rows; None where nothing was learned since its node.
+
+        Args:
+            last_step: Steps taken so far.
+            influences: Whether self-influences are wanted, which cost some time; zeros otherwise.
+
+        Returns:
+            The chord.
+        """
         if last_step == self.first_step:
             return None
         parts = self.displacement.parts(self._network.weights())
         if not (self._steps or self._folded or any(bool(delta.any()) for delta in parts.delta.values())):
             return None
-        ids, rows, inner = self._summed(self._steps, self._visits.weights, parts)
+        ids, rows, inner = self._summed(self._steps, self._visits.weights, parts, influences)
         total = self._ranks.total(rows.sum(0))
         residual = {**parts.residual, **self._outside(parts, total, rows)}
         return Chord(

@@ -20,38 +20,43 @@ class Ranks:
     Args:
         world: Their number; more than one use torch's default process group.
         rank: This one's place among them.
+        device: Where tensors must be to be sent.
     """
 
-    def __init__(self, world: int = 1, rank: int = 0) -> None:
+    def __init__(self, world: int = 1, rank: int = 0, device: torch.device | str = "cpu") -> None:
         self.world = world
         self.rank = rank
+        self._device = torch.device(device)
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over all processes."""
         if self.world == 1:
             return values
-        out = values.detach().clone()
+        out = values.detach().to(self._device, copy=True)
         dist.all_reduce(out)
-        return out
+        return out.to(values.device)
 
     def rows(self, values: Tensor) -> Tensor:
         """All processes' rows ``[n, *]``, one process after the other; they may hold different numbers of rows."""
         if self.world == 1:
             return values
-        counts = [torch.zeros(1, dtype=torch.long, device=values.device) for _ in range(self.world)]
-        dist.all_gather(counts, torch.tensor([len(values)], device=values.device))
+        counts = [torch.zeros(1, dtype=torch.long, device=self._device) for _ in range(self.world)]
+        dist.all_gather(counts, torch.tensor([len(values)], device=self._device))
         longest = max(int(count) for count in counts)
-        padded = values.new_zeros(longest, *values.shape[1:])
-        padded[: len(values)] = values.detach()
+        padded = torch.zeros(longest, *values.shape[1:], dtype=values.dtype, device=self._device)
+        padded[: len(values)] = values.detach().to(self._device)
         found = [torch.empty_like(padded) for _ in range(self.world)]
         dist.all_gather(found, padded)
-        return torch.cat([part[: int(count)] for part, count in zip(found, counts, strict=True)])
+        parts = [part[: int(count)] for part, count in zip(found, counts, strict=True)]
+        return torch.cat(parts).to(values.device)
 
     def first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The first process' tensors, which must have the same names and shapes everywhere."""
         if self.world == 1:
             return dict(tensors)
-        out = {name: value.detach().clone() for name, value in tensors.items()}
-        for value in out.values():
-            dist.broadcast(value, 0)
+        out = {}
+        for name, value in tensors.items():
+            sent = value.detach().to(self._device, copy=True).contiguous()
+            dist.broadcast(sent, 0)
+            out[name] = sent.to(value.device)
         return out

@@ -16,7 +16,7 @@ from lightning_pathkernel.sketch import KroneckerSketch
 
 __all__ = ["self_influence"]
 
-_NUMBERS = 1 << 23
+_NUMBERS = 1 << 21
 """At most this many numbers of gradients brought back are formed at once."""
 
 

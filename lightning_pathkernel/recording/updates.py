@@ -89,7 +89,10 @@ class OptimizerUpdates:
     ) -> None:  # fmt: skip
         denominators, directions, factor = self._multiplied(rule, displacement, group, update, parameters)
         if update.before_buffer:
-            directions = self._plain_buffers(list(parameters), update, directions)
+            buffers = self._plain_buffers(list(parameters), update, directions)
+            mixed = torch._foreach_mul(directions, update.from_gradient)
+            torch._foreach_add_(mixed, buffers, alpha=update.from_buffer)
+            directions, factor = list(mixed), 1.0
         displacement.step_preconditioned(list(parameters), update.rate * factor, directions, denominators)
 
     def _multiplied(
@@ -102,7 +105,7 @@ class OptimizerUpdates:
         if update.before_buffer:
             entering = update._replace(from_buffer=0.0, from_gradient=1.0)
             directions, _ = displacement.directions(names, entering, [], gradients)
-            return rule.denominators(group, states, directions), directions, update.from_buffer
+            return rule.denominators(group, states, directions), directions, 1.0
         buffers = [b for state in states if (b := rule.buffer(state)) is not None]
         directions, factor = displacement.directions(names, update, buffers, gradients)
         return rule.denominators(group, states, directions), directions, factor
