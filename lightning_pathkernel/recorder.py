@@ -9,6 +9,7 @@ optimisers, and steps that an optimiser skips need no more than that.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -338,12 +339,11 @@ class PathRecorder:
 
 
 def _check_shared(optimizers: Sequence[torch.optim.Optimizer], names: Mapping[int, str]) -> None:
-    owned = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    shared = sorted({names.get(i, "a parameter outside the module") for i in owned if owned.count(i) > 1})
+    owned = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+    shared = sorted(names.get(i, "a parameter outside the module") for i, count in owned.items() if count > 1)
     if shared:
-        raise CaptureError(
-            f"{', '.join(map(repr, shared))} belong to several optimisers: give each one to a single one."
-        )
+        listed = ", ".join(map(repr, shared))
+        raise CaptureError(f"several optimisers move {listed}: give every parameter to a single one.")
 
 
 def _by_position(ids: Tensor, positions: int) -> Tensor:

@@ -220,6 +220,15 @@ def test_two_optimisers_make_one_path_and_one_ledger(toggle: bool, tmp_path: Pat
     assert machine.chords[-1].last_step == trainer.global_step == 40
 
 
+def test_a_parameter_of_two_optimisers_is_refused_by_name(tmp_path: Path) -> None:
+    class Shared(Manual):
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(self.parameters(), lr=0.1), torch.optim.SGD(self.net[3].parameters(), lr=0.1)]
+
+    with pytest.raises(MisconfigurationException, match=r"several optimisers move 'net\.3\.bias', 'net\.3\.weight'"):
+        fit(Shared("once"), [recorder(tmp_path)], tmp_path)
+
+
 # clipping by value, precision
 
 
@@ -353,6 +362,7 @@ def test_parameters_that_are_unfrozen_in_mid_training_join_the_path(way: str, tm
     found = closes(machine, module)
     assert found["fidelity"] > 0.97, found
     assert "backbone.1.weight" not in machine.chords[0].delta
+    assert all("backbone.1.weight" in chord.start for chord in machine.chords)
     assert float(machine.chords[-1].delta["backbone.1.weight"].norm()) > 0
 
 
