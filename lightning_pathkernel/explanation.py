@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lightning_pathkernel.network import Functional
 
-__all__ = ["Explanation", "OutputFn", "functional_of", "pick_target"]
+__all__ = ["Explanation", "OutputFn", "functional_of", "joined", "pick_target", "strongest"]
 
 OutputFn = Callable[[Tensor, Tensor], Tensor]
 """``(outputs [n, K], target [n]) -> [n]``: the scalar that is explained."""
@@ -35,6 +36,38 @@ class Explanation:
     example_ids: Tensor
     contributions: Tensor
     ledger: dict[str, Tensor]
+
+
+def strongest(
+    contributions: Tensor, ids: Tensor, top_k: int, prediction: Tensor, ledger: dict[str, Tensor]
+) -> Explanation:
+    """The explanation by the ``top_k`` examples on each side.
+
+    Args:
+        contributions: Of all examples, ``[Q, N]``.
+        ids: Their ids, ``[N]``.
+        top_k: Examples on each side; all of them where there are fewer.
+        prediction: The explained scalar, ``[Q]``.
+        ledger: Its ledger.
+
+    Returns:
+        The explanation.
+    """
+    k = min(top_k, contributions.shape[1])
+    best, worst = contributions.topk(k, dim=1), contributions.topk(k, dim=1, largest=False)
+    chosen = ids[torch.cat([best.indices, worst.indices], dim=1)]
+    return Explanation(prediction, chosen, torch.cat([best.values, worst.values], dim=1), ledger)
+
+
+def joined(pieces: Sequence[Explanation]) -> Explanation:
+    """The explanations of several chunks of queries as one."""
+    ledger = {name: torch.cat([p.ledger[name] for p in pieces]) for name in pieces[0].ledger}
+    return Explanation(
+        torch.cat([p.prediction for p in pieces]),
+        torch.cat([p.example_ids for p in pieces]),
+        torch.cat([p.contributions for p in pieces]),
+        ledger,
+    )
 
 
 def functional_of(output_fn: OutputFn | None, target: Tensor) -> Functional:

@@ -18,6 +18,7 @@ from lightning_pathkernel.capture.plan import compiled_modules
 from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.chord_io import write_chord
 from lightning_pathkernel.exporter import KernelMachineExporter, open_recording, record_metrics
+from lightning_pathkernel.heap import give_back
 from lightning_pathkernel.identity import BatchRows, TrainingIds
 from lightning_pathkernel.network import ForwardFn, Network
 from lightning_pathkernel.optim import optimizer_rule
@@ -170,6 +171,7 @@ class FitSession:
         write_chord(self.recording_dir, replace(chord, names=self._ids.new_names()), self._ranks.rank)
         if self._tracker is not None:
             self._tracker.advance(chord)
+        give_back()
 
     # metrics and the end
 

@@ -13,7 +13,7 @@ from lightning_pathkernel import query
 from lightning_pathkernel.artifact import read_machine
 from lightning_pathkernel.capture import plan_capture
 from lightning_pathkernel.chord import Chord
-from lightning_pathkernel.explanation import Explanation, OutputFn, functional_of
+from lightning_pathkernel.explanation import Explanation, OutputFn, functional_of, joined, strongest
 from lightning_pathkernel.ledger import LEDGER_TERMS, bias, fidelity_metrics
 from lightning_pathkernel.names import merge_names, names_of
 from lightning_pathkernel.network import ForwardFn, Network, batch_size, take_rows
@@ -214,13 +214,7 @@ class KernelMachine:
         """
         target = self._targets(x, target)
         pieces = [self._explain(part, rows, top_k, output_fn, complete) for part, rows in self._with_rows(x, target)]
-        ledger = {name: torch.cat([p.ledger[name] for p in pieces]) for name in pieces[0].ledger}
-        return Explanation(
-            torch.cat([p.prediction for p in pieces]),
-            torch.cat([p.example_ids for p in pieces]),
-            torch.cat([p.contributions for p in pieces]),
-            ledger,
-        )
+        return joined(pieces)
 
     def _explain(self, x: Any, target: Tensor, top_k: int, output_fn: OutputFn | None, complete: bool) -> Explanation:
         functional = functional_of(output_fn, target)
@@ -230,15 +224,8 @@ class KernelMachine:
             self._network, x, self._chords, self.example_ids, rules, functional,
             [gap[:, 0] for gap in gaps] if complete else None,
         )  # fmt: skip
-        k = min(top_k, found.shape[1])
-        best, worst = found.topk(k, dim=1), found.topk(k, dim=1, largest=False)
         ledger = {name: value[:, 0] for name, value in terms.items()}
-        return Explanation(
-            bias(ledger) + ledger["examples"],
-            self.example_ids[torch.cat([best.indices, worst.indices], dim=1)],
-            torch.cat([best.values, worst.values], dim=1),
-            ledger,
-        )
+        return strongest(found, self.example_ids, top_k, bias(ledger) + ledger["examples"], ledger)
 
     def kernel(
         self,
