@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_pathkernel import KernelMachine, PathKernelCallback
+from tests.support.data import DataRow
 from tests.support.judge import Judge, Witness
 from tests.support.learners import Learner, TwoLoaders
 from tests.support.rows import FeatureRow, NetworkRow, OptimizerRow
@@ -35,6 +36,7 @@ class Combination:
     optimizer: OptimizerRow
     feature: FeatureRow
     network: NetworkRow
+    data: DataRow | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,6 +55,8 @@ class Combination:
 
     def loader(self) -> Any:
         """The training loader, or loaders."""
+        if self.data is not None:
+            return self.data.loader(dataset(self.network, EXAMPLES, 0, self.dtype), BATCH)
         one = DataLoader(dataset(self.network, EXAMPLES, 0, self.dtype), BATCH, shuffle=True)
         if self.feature.learner is not TwoLoaders:
             return one
@@ -73,6 +77,7 @@ class Combination:
             warnings.filterwarnings("ignore", "nodes=.* is more than")
             warnings.filterwarnings("ignore", "You are using `overfit_batches")
             warnings.filterwarnings("ignore", "You requested to overfit but")
+            warnings.filterwarnings("ignore", "Consider setting `persistent_workers")
             trainer.fit(module, self.loader(), DataLoader(dataset(self.network, 4, 1, self.dtype), 4))
         return module
 
@@ -119,6 +124,20 @@ class Fitted:
         ledger = self.machine.explain(self.queries, self.target, top_k=1).ledger
         return ledger, outputs.gather(1, self.target[:, None])[:, 0], outputs.abs().max()
 
+    def _order(self) -> tuple[list[int], list[int]]:
+        names = [int(name.split()[-1]) for name in self.machine.names_of(self.machine.example_ids)]
+        order = sorted(range(len(names)), key=names.__getitem__)
+        return order, [names[i] for i in order]
+
+    def ids(self) -> list[int]:
+        """The examples that the machine knows, sorted."""
+        return self._order()[1]
+
+    def contributions(self) -> Tensor:
+        """Contributions by the machine, in the order of `ids`."""
+        found = self.machine.contributions(self.queries, self.target).double()
+        return found[:, self._order()[0]]
+
     def judged(self) -> tuple[list[int], Tensor]:
         """Contributions by the judge."""
         feature, network = self.combination.feature, self.combination.network
@@ -137,7 +156,13 @@ def fitted(combination: Combination, root: Path) -> Fitted:
     plain = combination.fit(root, witness)
     network = combination.network
     callback = PathKernelCallback(
-        str(root / "run"), nodes=1000, sketch="identity", sketch_dim=10**6, probes=0, forward_fn=network.forward_fn
+        str(root / "run"),
+        nodes=1000,
+        sketch="identity",
+        sketch_dim=10**6,
+        probes=0,
+        forward_fn=network.forward_fn,
+        example_ids=None if combination.data is None else combination.data.example_ids,
     )
     recorded = combination.fit(root, callback)
     machine = KernelMachine.load(

@@ -111,6 +111,7 @@ class RefusedRow:
         callbacks: Makes callbacks of the fit.
         setup: Judged where a Trainer sets its callbacks up: no fit can be begun on the machine at hand.
         loader: Makes the training loader out of a dataset; None for the usual one.
+        example_ids: What the callback is told of them.
         error: Name of the exception.
     """
 
@@ -122,4 +123,5 @@ class RefusedRow:
     callbacks: Callable[[], list[Any]] = list
     setup: bool = False
     loader: Callable[[Any], Any] | None = None
+    example_ids: Callable[[Any], Any] | None = None
     error: str = "MisconfigurationException"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support.data import DATA
 from tests.support.fitting import Combination, Fitted, fitted
 from tests.support.table import FEATURES, NETWORKS, OPTIMIZERS
 
@@ -29,9 +31,8 @@ def assert_ledger_closes(found: Fitted) -> None:
 
 def assert_contributions(found: Fitted) -> None:
     """Each is the judge's; where some are not, what they lack together is what the ledger calls unattributed."""
-    contributions = found.machine.contributions(found.queries, found.target).double()
-    ids, expected = found.judged()
-    assert found.machine.example_ids.tolist() == ids
+    contributions, (ids, expected) = found.contributions(), found.judged()
+    assert found.ids() == ids
     largest, tolerance = expected.abs().max(), found.combination.feature.tolerance
     assert float(largest) > 1e-4, "nothing was learned"
     ledger = found.terms[0]
@@ -95,6 +96,15 @@ def test_features(name: str, optimizer: str, tmp_path: Path) -> None:
 def test_networks(name: str, tmp_path: Path) -> None:
     found = assert_all_of_it(Combination(OPTIMIZERS["adamw"], FEATURES["plain"], NETWORKS[name]), tmp_path)
     assert_all_is_attributed(found)
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_data(name: str, tmp_path: Path) -> None:
+    row = DATA[name]
+    feature = replace(FEATURES["plain"], trainer={"max_steps": row.steps}) if name == "stream" else FEATURES["plain"]
+    combination = Combination(OPTIMIZERS["sgd momentum"], feature, NETWORKS["mlp"], row)
+    found = assert_all_of_it(combination, tmp_path)
+    assert found.machine.chords[-1].last_step == row.steps
 
 
 def combinations(count: int) -> list[tuple[str, str, str]]:
