@@ -60,6 +60,8 @@ DATA = {
         "ids that are strings (`example_ids=`)", DataLoader, lambda batch: [f"example {i}" for i in batch[2].tolist()]
     ),
     "stream": DataRow(
-        "an `IterableDataset` with `example_ids=`", lambda d, n: DataLoader(Stream(d), n), lambda b: b[2]
+        "an `IterableDataset` with `example_ids=` and `max_steps`",
+        lambda d, n: DataLoader(Stream(d), n),
+        lambda b: b[2],
     ),
 }

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_pathkernel import KernelMachine, PathKernelCallback
 from tests.support.data import DataRow
-from tests.support.judge import Judge, Witness
+from tests.support.judge import POINTS, Judge, Witness
 from tests.support.learners import Learner, TwoLoaders
 from tests.support.rows import FeatureRow, NetworkRow, OptimizerRow
 
@@ -145,7 +145,7 @@ class Fitted:
         forward = network.forward_fn or (lambda module, x: module(x))
         judge = Judge(
             self.plain.net, self.witness.steps, self.combination.optimizer.reference, feature.max_norm, rounding,
-            forward,
+            forward, together=not self.combination.exact,
         )  # fmt: skip
         return judge.contributions(self.queries, self.target)
 
@@ -166,7 +166,7 @@ def fitted(combination: Combination, root: Path) -> Fitted:
     )
     recorded = combination.fit(root, callback)
     machine = KernelMachine.load(
-        callback.machine_dir, combination.learner(), forward_fn=network.forward_fn, quadrature_points=6
+        callback.machine_dir, combination.learner(), forward_fn=network.forward_fn, quadrature_points=POINTS
     )
     queries = dataset(network, QUERIES, 2, combination.dtype).tensors[0]
     return Fitted(combination, plain, witness, recorded, machine, queries, torch.tensor([0, 2]))

@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from lightning_pathkernel.reference_optimizers import ReferenceOptimizer, ReferenceResponse
 
-POINTS = 5
+POINTS = 6
 Weights = dict[str, Tensor]
 
 
@@ -35,13 +35,14 @@ class Use:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One optimiser step: weights before and after, gradients received, options of every parameter, and its uses."""
+    """One optimiser step: weights before and after, gradients received, options of every parameter, uses, buffers."""
 
     before: Weights
     after: Weights
     received: Weights
     options: Mapping[str, Mapping[str, Any]]
     uses: list[Use]
+    buffers: Weights
 
     def blocks(self) -> dict[int, list[str]]:
         """Names of the parameters that have a gradient, by parameter group."""
@@ -58,14 +59,20 @@ class Witness(pl.Callback):
         self.steps: list[Step] = []
         self._pending: list[Use] = []
         self._before: Weights = {}
+        self._waiting = False
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         pl_module.witness, self._trainer, self._net = self, trainer, pl_module.net
+        self._automatic = pl_module.automatic_optimization
         for optimizer in trainer.optimizers:
             optimizer.register_step_pre_hook(self._enter)
             optimizer.register_step_post_hook(self._leave)
 
     def see(self, batch: Any, outputs: Tensor) -> None:
+        if self._waiting:
+            self._waiting = False
+            # a chord ends where the next gradients are made: only then is it known that no step uses the old ones again
+            self.steps[-1] = dataclasses.replace(self.steps[-1], buffers=self._buffers())
         if outputs.requires_grad:
             ids, x = batch[2].tolist(), batch[0].detach().clone()
             outputs.register_hook(lambda back: self._pending.append(Use(ids, x, back.clone(), self._scale())))
@@ -80,6 +87,9 @@ class Witness(pl.Callback):
     def _weights(self) -> Weights:
         return {name: p.detach().clone() for name, p in self._net.named_parameters()}
 
+    def _buffers(self) -> Weights:
+        return {name: b.detach().clone() for name, b in self._net.named_buffers() if b.is_floating_point()}
+
     def _of(self, optimizer: Any) -> dict[str, Mapping[str, Any]]:
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         return {name: groups[id(p)] for name, p in self._net.named_parameters() if id(p) in groups}
@@ -92,8 +102,8 @@ class Witness(pl.Callback):
         options = {n: {**g, "block": id(g)} for n, g in self._of(optimizer).items()}
         named = self._net.named_parameters()
         received = {n: p.grad.detach().clone() for n, p in named if n in options and p.grad is not None}
-        self.steps.append(Step(self._before, self._weights(), received, options, self._pending))
-        self._pending = []
+        self.steps.append(Step(self._before, self._weights(), received, options, self._pending, self._buffers()))
+        self._pending, self._waiting = [], not self._automatic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +117,7 @@ class Judge:
         max_norm: Norm that gradients were clipped to.
         rounding: Of single rows' sum against what the optimiser received, relative; None to leave that unchecked.
         forward_fn: Outputs of queries, ``(module, batch) -> [n, K]``.
+        together: Take all examples for one, of id 0, whose gradient is the whole: for networks that mix rows.
     """
 
     net: nn.Module
@@ -115,6 +126,7 @@ class Judge:
     max_norm: float | None = None
     rounding: float | None = 1e-6
     forward_fn: Callable[[Any, Any], Tensor] = lambda module, x: module(x)
+    together: bool = False
 
     def contributions(self, x: Tensor, target: Tensor) -> tuple[list[int], Tensor]:
         """Ids of all examples, sorted, and ``c_i(x)``, ``[Q, N]``."""
@@ -131,6 +143,8 @@ class Judge:
 
     def _rows(self, net: nn.Module, step: Step) -> dict[str, dict[int, Tensor]]:
         """Parameter -> example -> its part of the gradient, after clipping."""
+        if self.together:
+            return {name: {0: gradient.double()} for name, gradient in step.received.items()}
         names, weights = list(step.received), _double(step.before)
         for name in names:
             weights[name].requires_grad_()
@@ -180,7 +194,8 @@ class Judge:
             weights = {name: torch.lerp(before[name], after[name], float(t)) for name in before}
             for name in names:
                 weights[name].requires_grad_()
-            outputs = self.forward_fn(lambda batch, at=weights: functional_call(net, at, (batch,)), _double_input(x))
+            state = {**weights, **_double(step.buffers)}
+            outputs = self.forward_fn(lambda batch, at=state: functional_call(net, at, (batch,)), _double_input(x))
             for q in range(len(x)):
                 found = torch.autograd.grad(
                     outputs[q, target[q]], [weights[n] for n in names], retain_graph=True, allow_unused=True

@@ -58,7 +58,7 @@ OPTIMIZERS = {
         "`RMSprop` with momentum", "RMSprop", ReferenceRMSprop, lr=0.005, alpha=0.8, momentum=0.9,
         unattributed=0.61,
     ),
-    "adagrad": _optimizer("`Adagrad`", "Adagrad", ReferenceAdagrad, divides=True, lr=0.03, lr_decay=0.1,
+    "adagrad": _optimizer("`Adagrad`", "Adagrad", ReferenceAdagrad, lr=0.02, lr_decay=0.1,
                           weight_decay=0.05),
     "adadelta": _optimizer("`Adadelta`", "Adadelta", ReferenceAdadelta, lr=1.0, eps=1e-4, weight_decay=0.05),
     "rprop": _optimizer("`Rprop`", "Rprop", ReferenceRprop, divides=True, lr=0.01),
@@ -143,8 +143,8 @@ def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
 
 
-_SHARED = "rows share batch statistics: totals and ledger only"
-_RANDOM = "the mask is drawn in training: totals and ledger only"
+_SHARED = "rows share batch statistics"
+_RANDOM = "the mask is drawn in training"
 _OWN = {
     "mlp": NetworkRow("fully connected layers", _mlp, networks.vectors),
     "cnn": NetworkRow("convolutions", lambda: networks.cnn(nn.GELU()), networks.images),
@@ -160,7 +160,7 @@ _WHAT = {
     "perceptron with dropout": ("dropout", _RANDOM),
     "weight norm": ("`weight_norm` (parametrisation)", ""),
     "spectral norm": (
-        "`spectral_norm` (parametrisation)", "its vectors move with every batch: totals and ledger only"
+        "`spectral_norm` (parametrisation)", "its vectors move with every batch"
     ),
     "orthogonal": ("`orthogonal` (parametrisation)", ""),
     "tied weights": ("an embedding tied to the output layer", ""),
