@@ -191,7 +191,9 @@ def output_directory(trainer: Any, dirpath: str | None, used_before: bool) -> Pa
         base = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version / "pathkernel"
     else:
         base = Path(trainer.default_root_dir) / "pathkernel"
-    return _unused(Path(str(trainer.strategy.broadcast(str(base)))))
+    chosen = Path(str(trainer.strategy.broadcast(str(_unused(base)))))
+    trainer.strategy.barrier()  # the first process writes there as soon as it may: the others must have looked by then
+    return chosen
 
 
 def _unused(base: Path) -> Path:
