@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tests.support.data import DATA
+from tests.support.processes import DDP
 from tests.support.refusals import REFUSED, SPLIT_NETWORKS
 from tests.support.rows import RefusedRow
 from tests.support.table import FEATURES, NETWORKS, OPTIMIZERS
@@ -94,6 +95,7 @@ def _processes() -> list[tuple[str, ...]]:
     split = ", ".join(f"`{name}`" for name in SPLIT_NETWORKS)
     return [
         _exact("one process, on the CPU"),
+        _exact(DDP.feature.what),
         *_refused(REFUSED["processes"]),
         (f"networks split among devices ({split})", "refused", "", '`strategy="ddp"`, or one device'),
     ]

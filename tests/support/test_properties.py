@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -115,7 +116,7 @@ def train(fit: Fit, record: bool) -> tuple[nn.Module, list[Chord]]:
     return module, chords
 
 
-def backward(recorder: PathRecorder | None, loss, ids: list[int]) -> None:
+def backward(recorder: PathRecorder | None, loss: Callable[[], Tensor], ids: list[int]) -> None:
     if recorder is None:
         loss().backward()
         return
