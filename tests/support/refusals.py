@@ -35,11 +35,11 @@ def matrices(parameters: Any) -> list[nn.Parameter]:
     return [p for p in parameters if p.ndim == 2]
 
 
-def _optimizer(name: str, make: Callable[[Any], Any]) -> RefusedRow:
+def _optimizer(name: str, make: Callable[[Any], Any], may_be_allowed: bool = True) -> RefusedRow:
+    allow = ', or `unattributed="allow"`, which makes its share 1' if may_be_allowed else ""
     return RefusedRow(
         f"`{name}`", f"No optimiser rule for {name}. Supported: Adadelta, Adagrad, Adam",
-        "one of those above, a rule of your own (`@register_optimizer_rule`), or `unattributed=\"allow\"`: then its "
-        "share is 1",
+        f"one of those above, a rule of your own (`@register_optimizer_rule`){allow}",
         learner=lambda net: By(net, make),
     )  # fmt: skip
 
@@ -101,8 +101,8 @@ REFUSED: dict[str, dict[str, RefusedRow]] = {
         "ASGD": _optimizer("ASGD", torch.optim.ASGD),
         "Adafactor": _optimizer("Adafactor", torch.optim.Adafactor),
         "Muon": _optimizer("Muon", lambda parameters: torch.optim.Muon(matrices(parameters))),
-        "LBFGS": _optimizer("LBFGS", torch.optim.LBFGS),
-        "SparseAdam": _optimizer("SparseAdam", torch.optim.SparseAdam),
+        "LBFGS": _optimizer("LBFGS", torch.optim.LBFGS, False),
+        "SparseAdam": _optimizer("SparseAdam", torch.optim.SparseAdam, False),
     },
     "loops": {
         "swa": RefusedRow(
