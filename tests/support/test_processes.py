@@ -22,9 +22,13 @@ def test_two_processes(tmp_path: Path) -> None:
         subprocess.Popen([*command, side], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for side in ("plain", "recorded")
     ]
-    for process in running:
-        output, _ = process.communicate(timeout=200)
-        assert process.returncode == 0, output
+    try:
+        for process in running:
+            output, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, output
+    finally:
+        for process in running:
+            process.kill()
     plain, weights = load_file(tmp_path / "plain.safetensors"), load_file(tmp_path / "recorded.safetensors")
     assert all(torch.equal(plain[name], value) for name, value in weights.items())
     module = DDP.learner()
