@@ -18,7 +18,6 @@ from lightning_pathkernel.capture.plan import compiled_modules
 from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.chord_io import write_chord
 from lightning_pathkernel.exporter import KernelMachineExporter, open_recording, record_metrics
-from lightning_pathkernel.heap import give_back
 from lightning_pathkernel.identity import BatchRows, TrainingIds
 from lightning_pathkernel.network import ForwardFn, Network
 from lightning_pathkernel.optim import optimizer_rule
@@ -171,7 +170,6 @@ class FitSession:
         write_chord(self.recording_dir, replace(chord, names=self._ids.new_names()), self._ranks.rank)
         if self._tracker is not None:
             self._tracker.advance(chord)
-        give_back()
 
     # metrics and the end
 
@@ -190,7 +188,7 @@ class FitSession:
         Args:
             barrier: Waits for all processes.
         """
-        self.recorder.close_chord()
+        self.recorder.finish()
         barrier()
         if not self.recorder.steps:
             warnings.warn("PathKernelCallback: no optimiser step was made, so there is no machine.", stacklevel=2)

@@ -9,22 +9,22 @@ optimisers, and steps that an optimiser skips need no more than that.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from lightning_pathkernel.capture import CaptureError, GradientCapture, PerExampleGradient, RowGroup
-from lightning_pathkernel.capture.positions import check_positions
+from lightning_pathkernel.capture.positions import check_positions, ids_by_position
 from lightning_pathkernel.chord import Chord
+from lightning_pathkernel.heap import give_back
 from lightning_pathkernel.network import Network
 from lightning_pathkernel.optim import OptimizerRule, optimizer_rule
 from lightning_pathkernel.recording.cancelling import warn_of_cancelling
-from lightning_pathkernel.recording.checks import sum_gaps
+from lightning_pathkernel.recording.checks import sum_gaps, unseen
 from lightning_pathkernel.recording.fitting import SketchFitter, check_ranks
-from lightning_pathkernel.recording.followed import FollowedOptimizer
+from lightning_pathkernel.recording.followed import FollowedOptimizer, check_shared
 from lightning_pathkernel.recording.open_chord import OpenChord, compressed
 from lightning_pathkernel.recording.ranks import Ranks
 from lightning_pathkernel.recording.rows import StepRows
@@ -77,7 +77,7 @@ class PathRecorder:
         self._ranks = ranks or Ranks()
         found = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else optimizers
         names = {id(p): name for name, p in network.plan.parameters.items()}
-        _check_shared(found, names)
+        check_shared(found, names)
         self._optimizers = [
             FollowedOptimizer(network.module, names, each, self._rule(each), settings.changes) for each in found
         ]
@@ -109,7 +109,7 @@ class PathRecorder:
                 self._groups.append(torch.cat(self._groups))
                 groups.append(RowGroup(len(self._groups[-1])))
         if self.settings.positions:
-            self._groups = [_by_position(ids, self.settings.positions) for ids in self._groups]
+            self._groups = [ids_by_position(ids, self.settings.positions) for ids in self._groups]
         self.capture.begin(groups)
 
     def before_backward(self) -> None:
@@ -185,7 +185,7 @@ class PathRecorder:
             self._inspect(followed, scale)
         seen = followed.parts or self.settings.allow_unattributed
         if not seen and any(p.grad is not None and bool(p.grad.any()) for p in received.values()):
-            raise CaptureError(_unseen(self.steps))
+            raise CaptureError(unseen(self.steps))
         if self._chord.displacement.remembers or followed.updates.decaying():
             self._chord.displacement.remember(self.network.parameters)
 
@@ -227,8 +227,10 @@ class PathRecorder:
         self.steps += 1
         self._due = self._due or self._at_node()
         self._chord.fold([part for each in self._optimizers for part in each.parts])
-        if not self.settings.manual:  # a gradient may be used again until it is zeroed, which shows at the next one
+        if not self.settings.manual:
             self._close_if_due()
+        elif self._due:  # a gradient may be used again until it is zeroed, which shows at the next backward pass
+            self._chord.end_here()
 
     def _record(self, followed: FollowedOptimizer, received: dict[str, Tensor]) -> None:
         factor, foreign = self._changes(followed)
@@ -309,6 +311,7 @@ class PathRecorder:
             )
         pulls = chord.displacement.earlier_pulls
         chord.rebase(sketches, lambda newest: updates.earlier_momentum(parameters, newest, foreign, pulls))
+        give_back()
 
     def close_chord(self) -> None:
         """End the open chord at the weights as they are now and hand it on; nothing happens if it is empty.
@@ -319,6 +322,14 @@ class PathRecorder:
         self._due = False
         with self.capture.paused():
             self._close()
+
+    def finish(self) -> None:
+        """The fit is over: close the last chord, and one more for what moved after its last step."""
+        self.close_chord()
+        remainder = self._chord.remainder() if self.steps else None
+        if remainder is not None:
+            with self.capture.paused():
+                self._on_chord(remainder)
 
     def _close(self) -> None:
         chord = self._chord.snapshot(self.steps, influences=True)
@@ -332,27 +343,8 @@ class PathRecorder:
             optimizer.end_chord()
         self._chord.follow(self.steps)
         self._on_chord(chord)
+        give_back()
 
     def snapshot(self) -> Chord | None:
         """The open chord as if it ended here, with first-stage rows; None where nothing was learned since its node."""
         return self._chord.snapshot(self.steps)
-
-
-def _check_shared(optimizers: Sequence[torch.optim.Optimizer], names: Mapping[int, str]) -> None:
-    owned = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
-    shared = sorted(names.get(i, "a parameter outside the module") for i, count in owned.items() if count > 1)
-    if shared:
-        listed = ", ".join(map(repr, shared))
-        raise CaptureError(f"several optimisers move {listed}: give every parameter to a single one.")
-
-
-def _by_position(ids: Tensor, positions: int) -> Tensor:
-    return (ids.unsqueeze(1) * positions + torch.arange(positions)).flatten()
-
-
-def _unseen(step: int) -> str:
-    return (
-        f"no layer's gradient was seen in a backward pass for optimiser step {step}: the hooks did not fire. Call "
-        "self.manual_backward(loss) under manual optimisation, compile a module only after the fit has begun, and set "
-        "no gradients by hand."
-    )

@@ -21,6 +21,7 @@ from lightning_pathkernel.reference_optimizers import (
     ReferenceNAdam,
     ReferenceOptimizer,
     ReferenceRAdam,
+    ReferenceResponse,
     ReferenceRMSprop,
     ReferenceRprop,
     ReferenceSGD,
@@ -85,15 +86,10 @@ class ReferencePathKernel:
         self.weights = [self._flat(self.module.parameters())]
         self.preconditioners: list[Tensor] = []
         self.decay: list[Tensor] = []
-        self._rows: list[dict[int, Tensor]] = []
-        self._decay_buffer = torch.zeros_like(self.weights[0])
         self.shares: list[dict[int, Tensor]] = []
-        self._buffers: dict[int, Tensor] = {}
-        gradients: list[Tensor] = []
-        for step, (ids, x, y) in enumerate(batches):
-            rows = self._per_example(loss, ids, x, y, max_norm)
-            gradients.append(self._received(rows))
-            self._step(step, rows, gradients)
+        self._response = ReferenceResponse(optimizer)
+        for (ids, x, y), lr in zip(batches, schedule, strict=True):
+            self._step(self._per_example(loss, ids, x, y, max_norm), lr)
 
     @staticmethod
     def _flat(tensors: object) -> Tensor:
@@ -122,26 +118,11 @@ class ReferencePathKernel:
             rows = {example: coefficient * row for example, row in rows.items()}
         return rows
 
-    def _received(self, rows: dict[int, Tensor]) -> Tensor:
-        return torch.stack(list(rows.values())).sum(0) + self.optimizer.coupled_decay * self.weights[-1]
-
-    def _step(self, step: int, rows: dict[int, Tensor], gradients: list[Tensor]) -> None:
-        """One update, example by example: every example has a momentum buffer of its own, and so has the decay."""
-        keep, inject, from_buffer, from_gradient = self.optimizer.linear_map(step)
-        rate, diagonal = self.rates[step], self.optimizer.preconditioner(gradients)
-        zero, one = torch.zeros_like(diagonal), torch.ones_like(diagonal)
-        before, after = (diagonal, one) if self.optimizer.preconditions_first else (one, diagonal)
-        shares = {}
-        for example in self.ids:
-            gradient = before * rows.get(example, zero)
-            self._buffers[example] = keep * self._buffers.get(example, zero) + inject * gradient
-            direction = from_buffer * self._buffers[example] + from_gradient * gradient
-            shares[example] = -rate * after * direction
-        pulled = before * self.optimizer.coupled_decay * self.weights[-1]
-        self._decay_buffer = keep * self._decay_buffer + inject * pulled
-        decay = -rate * after * (from_buffer * self._decay_buffer + from_gradient * pulled)
-        decay = decay - rate * self.optimizer.decoupled_decay * self.weights[-1]
-        self.shares.append(shares)
+    def _step(self, rows: dict[int, Tensor], lr: float) -> None:
+        """One update, example by example."""
+        received = torch.stack(list(rows.values())).sum(0)
+        shares, decay, diagonal = self._response.step(rows, received, self.weights[-1], lr)
+        self.shares.append({example: shares.get(example, torch.zeros_like(decay)) for example in self.ids})
         self.decay.append(decay)
         self.preconditioners.append(diagonal)
         self.weights.append(self.weights[-1] + torch.stack(list(shares.values())).sum(0) + decay)

@@ -6,7 +6,7 @@ They know nothing of the fast code's rules. D of a step is found from all gradie
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ __all__ = [
     "ReferenceOptimizer",
     "ReferenceRAdam",
     "ReferenceRMSprop",
+    "ReferenceResponse",
     "ReferenceRprop",
     "ReferenceSGD",
 ]
@@ -272,3 +273,47 @@ class ReferenceRprop(ReferenceOptimizer):
             size = torch.where(product > 0, grown, torch.where(product < 0, shrunk, size))
             previous = torch.where(product < 0, 0.0, gradient)
         return torch.where(previous == 0, 0.0, size / previous.abs())
+
+
+class ReferenceResponse:
+    """An optimiser's steps, example by example: every example has a momentum buffer of its own, and so has the decay.
+
+    Args:
+        optimizer: The optimiser.
+    """
+
+    def __init__(self, optimizer: ReferenceOptimizer) -> None:
+        self.optimizer = optimizer
+        self._gradients: list[Tensor] = []
+        self._buffers: dict[int, Tensor] = {}
+        self._pulled: Tensor | None = None
+
+    def step(
+        self, rows: Mapping[int, Tensor], received: Tensor, weights: Tensor, lr: float
+    ) -> tuple[dict[int, Tensor], Tensor, Tensor]:
+        """The parts of one step, eq. (4) of docs/theory.md.
+
+        Args:
+            rows: Each example's part of the gradient, as it is descended.
+            received: The whole gradient, without decay: D is made of it.
+            weights: The weights that the step starts from.
+            lr: Learning rate of the step.
+
+        Returns:
+            Displacement by each example seen so far, displacement by decay, and D.
+        """
+        step, optimizer = len(self._gradients), self.optimizer
+        self._gradients.append(received + optimizer.coupled_decay * weights)
+        keep, inject, from_buffer, from_gradient = optimizer.linear_map(step)
+        rate, diagonal = optimizer.rate(lr, step), optimizer.preconditioner(self._gradients)
+        zero, one = torch.zeros_like(diagonal), torch.ones_like(diagonal)
+        before, after = (diagonal, one) if optimizer.preconditions_first else (one, diagonal)
+        shares = {}
+        for example in {*self._buffers, *rows}:
+            gradient = before * rows.get(example, zero)
+            self._buffers[example] = keep * self._buffers.get(example, zero) + inject * gradient
+            shares[example] = -rate * after * (from_buffer * self._buffers[example] + from_gradient * gradient)
+        pulled = before * optimizer.coupled_decay * weights
+        self._pulled = keep * (zero if self._pulled is None else self._pulled) + inject * pulled
+        decay = -rate * after * (from_buffer * self._pulled + from_gradient * pulled)
+        return shares, decay - rate * optimizer.decoupled_decay * weights, diagonal

@@ -152,9 +152,10 @@ def training_nodes(trainer: Any, nodes: int, optimizers: int = 1) -> list[int]:
     steps = trainer.estimated_stepping_batches * optimizers
     if trainer.max_steps > 0:
         steps = min(steps, trainer.max_steps)
-    if steps == float("inf"):
+    if steps == float("inf") or steps < 1:
         raise FitError(
-            "PathKernelCallback places its nodes over the whole fit: give the Trainer max_epochs or max_steps."
+            "PathKernelCallback places its nodes over the whole fit: give the Trainer max_epochs or max_steps; "
+            "max_steps where the loader has no length."
         )
     if nodes > steps:
         warnings.warn(

@@ -534,3 +534,30 @@ def test_compiled_modules_are_refused_by_name_before_the_first_step(way: str, tm
     with pytest.raises(MisconfigurationException, match=r"does not support compiled modules.*found 'net'\. Fit the"):
         fit(module, [recorder(tmp_path)], tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize("what", ["weights", "buffers"])
+def test_what_moves_after_the_last_step_is_a_chord_of_its_own_and_unattributed(what: str, tmp_path: Path) -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 16, bias=False), nn.BatchNorm1d(16), nn.Linear(16, 10))
+
+    class Last(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            last = what == "buffers" and self.current_epoch == 1 and batch_idx >= 7
+            return None if last else loss  # the forward pass has moved the running statistics all the same
+
+        def on_train_epoch_end(self) -> None:
+            if what == "weights" and self.current_epoch == 1:
+                self.net[3].weight.data += 0.1
+
+    module, machine, _ = plain_and_recorded(lambda: Last(net=net()), tmp_path, {"sketch_dim": 1024})
+    x = digits()[1].tensors[0][:30]
+    with torch.no_grad():
+        torch.testing.assert_close(machine.network_outputs(x), module.eval()(x), rtol=1e-5, atol=1e-5)
+    found = closes(machine, module)
+    last = machine.chords[-1]
+    if what == "weights":
+        assert last.last_step == last.first_step == machine.chords[-2].last_step
+    assert (found["error_unattributed"] > 0.05) == (what == "weights"), found

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from lightning_pathkernel.capture.plan import CaptureError, OwnedLayer
 from lightning_pathkernel.capture.rules import LayerCall
 
-__all__ = ["by_position", "check_positions", "has_positions", "unsplit"]
+__all__ = ["by_position", "check_positions", "has_positions", "ids_by_position", "unsplit"]
 
 _ROWWISE = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
 """Layers that look at one position at a time, however many dimensions stand before it."""
@@ -68,6 +69,11 @@ def has_positions(call: LayerCall, positions: int) -> bool:
     """
     leading = (call.n, positions)
     return tuple(call.input.shape[:2]) == leading == tuple(call.grad_output.shape[:2])
+
+
+def ids_by_position(ids: Tensor, positions: int) -> Tensor:
+    """Ids of the positions of examples ``ids [n]``, ``id * positions + position``, ``[n * positions]``."""
+    return (ids.unsqueeze(1) * positions + torch.arange(positions)).flatten()
 
 
 def by_position(call: LayerCall, positions: int) -> LayerCall:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_pathkernel.capture import PerExampleGradient
 from lightning_pathkernel.recording.ranks import Ranks
 
-__all__ = ["sum_gaps"]
+__all__ = ["sum_gaps", "unseen"]
 
 
 def sum_gaps(
@@ -50,4 +50,13 @@ def sum_gaps(
         f"the per-example gradients do not add up to the gradient for {', '.join(wrong)}. "
         "A weight used outside its module's forward, dropout inside a layer without a rule, or gradients added "
         "by hand do that. Call the owning module instead, or register a layer rule."
+    )
+
+
+def unseen(step: int) -> str:
+    """What to say of a step for which nothing was captured."""
+    return (
+        f"no layer's gradient was seen in a backward pass for optimiser step {step}: the hooks did not fire. Call "
+        "self.manual_backward(loss) under manual optimisation, compile a module only after the fit has begun, and set "
+        "no gradients by hand."
     )

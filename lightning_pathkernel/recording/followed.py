@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,7 +14,7 @@ from lightning_pathkernel.recording.received import Changes, GradientWatch
 from lightning_pathkernel.recording.rows import StepRows
 from lightning_pathkernel.recording.updates import OptimizerUpdates
 
-__all__ = ["FollowedOptimizer"]
+__all__ = ["FollowedOptimizer", "check_shared"]
 
 
 class FollowedOptimizer:
@@ -104,3 +105,20 @@ class FollowedOptimizer:
     def learning_rate(self) -> float:
         """That of the first parameter group."""
         return float(self.optimizer.param_groups[0]["lr"])
+
+
+def check_shared(optimizers: Sequence[torch.optim.Optimizer], names: Mapping[int, str]) -> None:
+    """Every parameter has one momentum buffer in the account: refuse those that several optimisers move.
+
+    Args:
+        optimizers: The optimisers.
+        names: Id of a parameter -> its name.
+
+    Raises:
+        CaptureError: Naming them.
+    """
+    owned = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+    shared = sorted(names.get(i, "a parameter outside the module") for i, count in owned.items() if count > 1)
+    if shared:
+        listed = ", ".join(map(repr, shared))
+        raise CaptureError(f"several optimisers move {listed}: give every parameter to a single one.")

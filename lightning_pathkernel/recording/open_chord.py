@@ -62,11 +62,16 @@ class OpenChord:
         self.first_step = 0
         self.displacement = ChordDisplacement(network.weights())
         self._start_buffers = ranks.first(network.buffers())
+        self._end_buffers: dict[str, Tensor] | None = None
 
     @property
     def arena(self) -> Arena:
         """Where this chord's rows are kept."""
         return self._arenas[0]
+
+    def end_here(self) -> None:
+        """Note the buffers: the chord may end here, but may close only after the next forward pass has moved them."""
+        self._end_buffers = self._network.buffers()
 
     def extend(self, names: Sequence[str]) -> None:
         """Take in parameters that begin to learn now."""
@@ -167,8 +172,29 @@ class OpenChord:
         return Chord(
             self.index, self.first_step, last_step, self.displacement.learning_time, ids, rows, inner,
             dict(self.sketches), None, dict(self.displacement.start), parts.delta, self._start_buffers,
-            self._ranks.first(self._network.buffers()), parts.preconditioner, parts.decay, residual,
+            self._buffers(), parts.preconditioner, parts.decay, residual,
             total=total if self._ranks.world > 1 else None,
+        )  # fmt: skip
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return self._ranks.first(self._network.buffers() if self._end_buffers is None else self._end_buffers)
+
+    def remainder(self) -> Chord | None:
+        """What moved after the last node without an optimiser's step, weights by hand or buffers; None if nothing did.
+
+        Returns:
+            A chord of no steps, unattributed as a whole.
+        """
+        weights, buffers = self._network.weights(), self._ranks.first(self._network.buffers())
+        start, before = self.displacement.start, self._start_buffers
+        same = all(torch.equal(w, start[name]) for name, w in weights.items())
+        if same and all(torch.equal(b, before[name]) for name, b in buffers.items()):
+            return None
+        delta = {name: w - start[name] for name, w in weights.items()}
+        none = next(iter(weights.values())).new_zeros(0)
+        return Chord(
+            self.index, self.first_step, self.first_step, 0.0, torch.zeros(0, dtype=torch.long), none.reshape(0, 0),
+            none, {}, None, dict(start), delta, before, buffers, residual={} if same else delta,
         )  # fmt: skip
 
     def _outside(self, parts: DisplacementParts, total: Tensor, rows: Tensor) -> dict[str, Tensor]:
@@ -228,7 +254,8 @@ class OpenChord:
         self.first_step = last_step
         self.fitted = set()
         self.displacement = ChordDisplacement(self._network.weights(), self.displacement)
-        self._start_buffers = self._ranks.first(self._network.buffers())
+        self._start_buffers = self._buffers()
+        self._end_buffers = None
 
 
 def compressed(
