@@ -22,7 +22,7 @@ demo: $(INSTALLED)
 	$(PY) examples/digits.py
 
 test: $(INSTALLED)
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto
 
 test-slow: $(INSTALLED)
 	$(PY) -m pytest -m slow
