@@ -96,11 +96,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--warm-up", type=int, default=500)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--networks", nargs="+", choices=("MLP", "CNN"), default=("MLP", "CNN"))
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     print("| network | recorded | MB at the end of the warm-up | least | most | last | range / warm-up |")
     print("|---|---|---|---|---|---|---|")
-    for name in ("MLP", "CNN"):
+    for name in options.networks:
         for recorded in (False, True):
             seen = measure(name == "CNN", options.steps, options.batch, recorded)[options.warm_up // EVERY - 1 :]
             spread = (max(seen) - min(seen)) / seen[0]

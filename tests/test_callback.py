@@ -577,7 +577,7 @@ def test_metrics_that_are_not_finite_do_not_stop_the_export(tmp_path: Path) -> N
     class Logs(PathKernelCallback):
         def on_validation_epoch_end(self, *args: Any) -> None:
             super().on_validation_epoch_end(*args)
-            if self._session.history:
+            if self._session is not None and self._session.history:
                 self._session.history[-1]["fidelity"] = float("nan")
 
     path_kernel = Logs(str(tmp_path / "run"), sketch_dim=32, nodes=3, probes=16)

@@ -74,7 +74,7 @@ class GradientWatch:
             if float((after - factor * self._norms).abs().max()) <= 1e-3 * clipped:
                 return factor, {}
             raise ValueError("changed by more than one common factor")
-        return 1.0, self._left_over(gradients)
+        return 1.0, self._left_over(gradients, before)
 
     def _parallel(self, gradients: Mapping[str, Tensor], factor: float) -> bool:
         """Whether every gradient is the old one times the factor; taken for granted where only factors may happen."""
@@ -86,12 +86,12 @@ class GradientWatch:
                 return False
         return True
 
-    def _left_over(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _left_over(self, gradients: Mapping[str, Tensor], norm: float) -> dict[str, Tensor]:
         out = {name: gradient.detach() - self._copies[name] for name, gradient in gradients.items()}
         found = {name: value for name, value in out.items() if bool(value.any())}
         if found and not self._warned:
             self._warned = True
-            share = float(torch.stack([v.norm() for v in found.values()]).norm() / self._norms.norm())  # type: ignore[union-attr]
+            share = float(torch.stack([v.norm() for v in found.values()]).norm()) / max(norm, 1e-30)
             _log.warning(
                 "gradients of %s were changed between the backward pass and the step by more than a common factor "
                 "(clipping by value?): the difference, %.1f %% of them in this step, is left unattributed.",
