@@ -109,6 +109,10 @@ class PathKernelCallback(_Callback):
         self._training_ids: TrainingIds | None = None
         self._active = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A pickle or a copy of the callback has its arguments and directories, not the fit in progress."""
+        return {**self.__dict__, "_session": None, "_training_ids": None, "_active": False}
+
     # before training
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

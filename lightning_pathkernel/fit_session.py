@@ -81,6 +81,7 @@ class FitSession:
         self._options = options
         self._scaler = loss_scaler(trainer)
         self._manual = not module.automatic_optimization
+        self._device = trainer.strategy.root_device.type
         allow = options.unattributed == "allow"
         self.optimizers: Sequence[torch.optim.Optimizer] = trainer.optimizers
         for optimizer in self.optimizers:
@@ -104,7 +105,10 @@ class FitSession:
         )  # fmt: skip
         self.recorder = PathRecorder(network, self.optimizers, settings, probes, self._on_chord, ranks)
         self.recorder.capture.attach()
-        self._handles: list[RemovableHandle] = [o.register_step_post_hook(self._after_step) for o in self.optimizers]
+        self._handles: list[RemovableHandle] = []
+        for optimizer in self.optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._before_raw_step))
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
         self.history: list[dict[str, float]] = []
         self._own_seconds = self._step_seconds = self._batch_started = 0.0
 
@@ -123,8 +127,10 @@ class FitSession:
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
+        """Our own work: on the clock, and in full precision, for a step by hand may be within the step's autocast."""
         start = time.perf_counter()
-        yield
+        with torch.autocast(self._device, enabled=False):
+            yield
         self._own_seconds += time.perf_counter() - start
 
     # every batch and step
@@ -144,7 +150,8 @@ class FitSession:
     def after_backward(self) -> None:
         """A backward pass is over."""
         with self._timed():
-            self.recorder.after_backward()
+            scale = float(self._scaler.get_scale()) if self._manual and self._scaler is not None else 1.0
+            self.recorder.after_backward(scale)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Gradients are complete, unscaled, and not clipped but under manual optimisation."""
@@ -153,6 +160,13 @@ class FitSession:
             if self._scaler is not None and not self._manual and not _unscales_by_itself(optimizer):
                 scale = float(self._scaler.get_scale())
             self.recorder.before_step(optimizer, scale)
+
+    def _before_raw_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[object, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """A step past Lightning has no hook of Lightning's; one with a closure has no gradients yet."""
+        if not args[1:] and kwargs.get("closure") is None and not self.recorder.prepared(optimizer):
+            self.before_step(optimizer)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
         skipped = getattr(optimizer, "found_inf", None)

@@ -15,14 +15,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_pathkernel.capture import CaptureError, GradientCapture, PerExampleGradient, RowGroup
-from lightning_pathkernel.capture.positions import check_positions, ids_by_position
+from lightning_pathkernel.capture import CaptureError, GradientCapture, PerExampleGradient
+from lightning_pathkernel.capture.positions import check_positions
 from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.heap import give_back
 from lightning_pathkernel.network import Network
 from lightning_pathkernel.optim import OptimizerRule, optimizer_rule
+from lightning_pathkernel.recording.batch import row_groups
 from lightning_pathkernel.recording.cancelling import warn_of_cancelling
-from lightning_pathkernel.recording.checks import sum_gaps, unseen
+from lightning_pathkernel.recording.checks import past, sum_gaps, unseen
 from lightning_pathkernel.recording.fitting import SketchFitter, check_ranks
 from lightning_pathkernel.recording.followed import FollowedOptimizer, check_shared
 from lightning_pathkernel.recording.open_chord import OpenChord, compressed
@@ -100,16 +101,7 @@ class PathRecorder:
         Args:
             ids: Its examples, ``[n]``; or, where several loaders feed it, each one's examples and part of the batch.
         """
-        if isinstance(ids, Tensor):
-            self._groups, groups = [ids], [RowGroup(len(ids))]
-        else:
-            self._groups = [part for part, _ in ids]
-            groups = [RowGroup(len(part), batch) for part, batch in ids]
-            if len(groups) > 1:
-                self._groups.append(torch.cat(self._groups))
-                groups.append(RowGroup(len(self._groups[-1])))
-        if self.settings.positions:
-            self._groups = [ids_by_position(ids, self.settings.positions) for ids in self._groups]
+        self._groups, groups = row_groups(ids, self.settings.positions)
         self.capture.begin(groups)
 
     def before_backward(self) -> None:
@@ -129,8 +121,11 @@ class PathRecorder:
         else:
             rows.held.setdefault(name, []).append(gradient)
 
-    def after_backward(self) -> None:
+    def after_backward(self, scale: float = 1.0) -> None:
         """The gradients of a backward pass are all in.
+
+        Args:
+            scale: Loss scale that is in them, under manual optimisation.
 
         Raises:
             CaptureError: If a parameter's gradient could not be split among the examples.
@@ -148,7 +143,7 @@ class PathRecorder:
         self._rows = None
         if self.settings.manual:
             for optimizer in self._optimizers:
-                self._inspect(optimizer, 1.0)
+                self._inspect(optimizer, 1.0, scale)
 
     def end_batch(self) -> None:
         """Expect nothing more of the batch."""
@@ -178,23 +173,29 @@ class PathRecorder:
         if new:
             self.network.activate(new)
             self._chord.extend(new)
-        followed.scale = scale
+        followed.prepared = True
         if received:
             followed.check_stale()
         if not self.settings.manual:
-            self._inspect(followed, scale)
+            followed.scale = scale
+            self._inspect(followed, scale, 1.0)
         seen = followed.parts or self.settings.allow_unattributed
         if not seen and any(p.grad is not None and bool(p.grad.any()) for p in received.values()):
             raise CaptureError(unseen(self.steps))
         if self._chord.displacement.remembers or followed.updates.decaying():
             self._chord.displacement.remember(self.network.parameters)
 
-    def _inspect(self, followed: FollowedOptimizer, scale: float) -> None:
-        """Look at gradients that nobody has changed yet, but for a loss scale taken out of them."""
+    def prepared(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether `before_step` has been called for the step in progress."""
+        return self._followed(optimizer).prepared
+
+    def _inspect(self, followed: FollowedOptimizer, taken_out: float, within: float) -> None:
+        """Look at gradients that nobody has changed yet, but for a loss scale: taken out of them, or still within."""
         if not followed.fresh() or (self.settings.changes == "none" and self._all_fitted()):
             return
         received = followed.updates.received()
-        followed.watch.look(received)
+        followed.watch.look(received, within)
+        followed.scale = taken_out * within
         unfitted = {name: p for name, p in received.items() if name not in self._chord.fitted}
         if not unfitted:
             return
@@ -202,7 +203,7 @@ class PathRecorder:
         check_ranks(held, list(unfitted), self._ranks, next(iter(unfitted.values())))
         if not held or followed.reused:
             return
-        gaps = sum_gaps(held, unfitted, scale * self._ranks.world, self.settings.sum_rtol, self._ranks)
+        gaps = sum_gaps(held, unfitted, taken_out * self._ranks.world, self.settings.sum_rtol, self._ranks)
         if gaps and not self.settings.allow_unattributed:
             raise CaptureError(f"at optimiser step {self.steps} {gaps}")
         if self._chord.index == 0 and followed.updates.rule is not None and followed.updates.rule.diagonal:
@@ -222,8 +223,11 @@ class PathRecorder:
             NonFiniteError: If they are not finite.
         """
         followed = self._followed(optimizer)
+        if not followed.prepared:
+            raise CaptureError(past(self.steps))
         if followed.received:
             self._record(followed, followed.received)
+        followed.prepared, followed.received = False, {}
         self.steps += 1
         self._due = self._due or self._at_node()
         self._chord.fold([part for each in self._optimizers for part in each.parts])
@@ -239,8 +243,9 @@ class PathRecorder:
         chord = self._chord
         moved = followed.updates.take(chord.displacement, foreign)
         if moved:
-            chord.record(list(followed.parts), factor / (followed.scale * self._ranks.world), moved)
-            if not self._all_fitted() or any(part.held for part in followed.parts):
+            parts = list(followed.parts) if factor else []  # rows of which nothing was received may not be finite
+            chord.record(parts, factor / (followed.scale * self._ranks.world), moved)
+            if parts and (not self._all_fitted() or any(part.held for part in parts)):
                 self._fit(followed, [name for name in received if name not in chord.fitted], foreign)
         followed.spend()
         chord.displacement.learning_time += followed.learning_rate() if followed is self._optimizers[0] else 0.0

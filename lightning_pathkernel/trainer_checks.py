@@ -58,6 +58,11 @@ def check_trainer(trainer: Any) -> None:
             f"PathKernelCallback does not support precision={trainer.precision!r}, whose weights are rounded in every "
             f"step: use one of {', '.join(map(repr, _ROUNDING))}."
         )
+    count = sum(any(base.__name__ == "PathKernelCallback" for base in type(c).__mro__) for c in trainer.callbacks)
+    if count > 1:
+        raise FitError(
+            f"found {count} PathKernelCallbacks in one Trainer: keep one, each would record the other's work."
+        )
     averaging = [
         type(c).__name__
         for c in trainer.callbacks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -561,3 +562,156 @@ def test_what_moves_after_the_last_step_is_a_chord_of_its_own_and_unattributed(w
     if what == "weights":
         assert last.last_step == last.first_step == machine.chords[-2].last_step
     assert (found["error_unattributed"] > 0.05) == (what == "weights"), found
+
+
+# by hand and in mixed precision; past Lightning; copies
+
+
+class ByHand(Manual):
+    """One or two optimisers, by hand, of which the scaler may make either skip a step."""
+
+    factor = 1.0
+
+    def __init__(self, count: int, optimizer: str = "sgd") -> None:
+        super().__init__("step_all", optimizer=optimizer)
+        self.count = count
+
+    def step_all(self, batch: Any, batch_idx: int) -> None:
+        chosen = self.optimizers() if self.count == 2 else [self.optimizers()]
+        for optimizer in chosen:
+            optimizer.zero_grad()
+        self.manual_backward(self.loss(batch) * self.factor)
+        for optimizer in chosen:
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        if self.count == 1:
+            return super().configure_optimizers()
+        return [
+            torch.optim.AdamW(self.net[1].parameters(), lr=3e-3),
+            torch.optim.SGD(self.net[3].parameters(), lr=0.05, momentum=0.9),
+        ]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_manual_optimisation_in_mixed_precision(precision: str, count: int, tmp_path: Path) -> None:
+    """Hooks of a step by hand run within the training step's autocast."""
+    torch.manual_seed(3)
+    first = ByHand(count, "adamw")
+    sides = []
+    for recorded in (False, True):
+        module, path_kernel = copy.deepcopy(first), recorder(tmp_path, nodes=12)
+        options = {"precision": "bf16-mixed"} if precision == "bf16" else {"plugins": [half()]}
+        callbacks = [*([Spike({3})] if precision == "fp16" else []), *([path_kernel] if recorded else [])]
+        fit(module, callbacks, tmp_path, **options)
+        sides.append(module)
+    for (name, a), b in zip(sides[0].state_dict().items(), sides[1].state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    found = closes(KernelMachine.load(path_kernel.machine_dir, first), sides[1])
+    assert found["fidelity"] > 0.95, found
+
+
+def test_changes_of_scaled_gradients_leave_contributions_in_their_units(tmp_path: Path) -> None:
+    """Clipping by value, by hand, at a constant loss scale: as without one."""
+
+    class Clips(Manual):
+        def once(self, batch: Any, batch_idx: int) -> None:
+            optimizer, scaler = self.optimizers(), getattr(self.trainer.precision_plugin, "scaler", None)
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            self.clip_gradients(optimizer, 0.02 * scale, "value")
+            optimizer.step()
+
+    x, y = digits()[1].tensors
+    sizes, found = [], []
+    for name in ("full", "half"):
+        torch.manual_seed(3)
+        module, path_kernel = Clips("once"), recorder(tmp_path / name, nodes=40, sketch="identity", sketch_dim=10**6)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=10**6)
+        plugins = [] if name == "full" else [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
+        with pytest.warns(UserWarning, match="every step gets its own node"):
+            fit(module, [path_kernel], tmp_path, plugins=plugins, max_steps=16)
+        machine = KernelMachine.load(path_kernel.machine_dir, Clips("once"))
+        sizes.append(float(machine.contributions(x[:20], y[:20]).abs().max()))
+        found.append(machine.fidelity([x])["error_unattributed"])
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
+    assert found[1] == pytest.approx(found[0], rel=0.05)
+    assert found[0] > 0.05
+
+
+class Raw(Manual):
+    """Steps of the raw optimiser, past Lightning, in every step or in every second one."""
+
+    def raw(self, batch: Any, batch_idx: int) -> None:
+        self.step_by(self.optimizers(use_pl_optimizer=False), batch)
+
+    def alternating(self, batch: Any, batch_idx: int) -> None:
+        self.step_by(self.optimizers(use_pl_optimizer=batch_idx % 2 == 0), batch)
+
+    def step_by(self, optimizer: Any, batch: Any) -> None:
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("way", ["raw", "alternating"])
+def test_steps_of_the_raw_optimiser_are_recorded_too(way: str, tmp_path: Path) -> None:
+    module, machine, _ = plain_and_recorded(lambda: Raw(way, optimizer="adamw", weight_decay=2.0), tmp_path)
+    found = closes(machine, module)
+    assert found["fidelity"] > 0.97, found
+    assert machine.chords[-1].last_step == 20
+
+
+def test_a_raw_step_with_a_closure_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    class Past(Classifier):
+        def optimizer_step(self, epoch: Any, batch_idx: Any, optimizer: Any, optimizer_closure: Any = None) -> None:
+            optimizer.optimizer.step(closure=optimizer_closure)
+
+    with pytest.raises(CaptureError, match=r"made past Lightning, by a raw optimiser's step with a closure: call self"):
+        fit(Past(), [recorder(tmp_path)], tmp_path)
+
+
+def test_the_module_and_the_callback_may_be_pickled_and_copied_in_mid_fit(tmp_path: Path) -> None:
+    copies: list[Any] = []
+
+    class Keeps(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            if trainer.global_step in (4, 13):
+                copies.append(copy.deepcopy(pl_module.net))
+                copies.append(pickle.loads(pickle.dumps(pl_module.net)))
+                copies.append(copy.deepcopy(next(c for c in trainer.callbacks if isinstance(c, PathKernelCallback))))
+                pickle.dumps(copies[-1])
+
+    module, path_kernel = Classifier(), recorder(tmp_path)
+    fit(module, [path_kernel, Keeps()], tmp_path)
+    machine = KernelMachine.load(path_kernel.machine_dir, Classifier())
+    assert closes(machine, module)["fidelity"] > 0.97
+    x = digits()[1].tensors[0]
+    assert torch.equal(copies[0](x), copies[1](x))
+    fit(Classifier(), [copies[2]], tmp_path)
+    assert copies[2].machine_dir == tmp_path / "run-v1" / "machine"
+
+
+def test_two_callbacks_in_one_trainer_are_refused(tmp_path: Path) -> None:
+    both = [recorder(tmp_path / "a"), recorder(tmp_path / "b")]
+    with pytest.raises(MisconfigurationException, match="found 2 PathKernelCallbacks in one Trainer: keep one"):
+        fit(Classifier(), both, tmp_path)
+
+
+def test_a_gradient_that_is_taken_away_before_the_step_is_no_change(tmp_path: Path) -> None:
+    """As DINO does with its last layer in the first epochs."""
+
+    class Cancels(Manual):
+        def once(self, batch: Any, batch_idx: int) -> None:
+            self.optimizers().zero_grad()
+            self.manual_backward(self.loss(batch))
+            if self.trainer.global_step < 5:
+                self.net[3].weight.grad = None
+            self.optimizers().step()
+
+    module, machine, _ = plain_and_recorded(lambda: Cancels("once", momentum=0.5, lr=0.04), tmp_path)
+    found = closes(machine, module)
+    assert found["fidelity"] > 0.97, found
+    assert found["error_unattributed"] < 1e-3, found

@@ -16,7 +16,7 @@ from lightning_pathkernel.capture.precision import in_parameter_dtype
 from lightning_pathkernel.capture.replay import mixes_rows, repeatable, replayed
 from lightning_pathkernel.capture.rules import LayerCall
 
-__all__ = ["batch_dimension", "fallback_gradients"]
+__all__ = ["batch_dimension", "fallback_gradients", "least_dimension"]
 
 Rows = Mapping[str, Tensor]
 
@@ -24,6 +24,11 @@ Rows = Mapping[str, Tensor]
 def batch_dimension(layer: nn.Module) -> int:
     """The dimension that holds the examples: 0, or 1 for a layer with ``batch_first=False``."""
     return 0 if getattr(layer, "batch_first", True) else 1
+
+
+def least_dimension(layer: nn.Module) -> int:
+    """A batched input has more dimensions than this; attention and recurrent layers also take unbatched ones of two."""
+    return 2 if isinstance(layer, nn.MultiheadAttention | nn.RNNBase) else batch_dimension(layer)
 
 
 def fallback_gradients(layer: nn.Module, call: LayerCall, names: Sequence[str]) -> dict[str, PerExampleGradient]:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from lightning_pathkernel.capture.fallback import batch_dimension
+from lightning_pathkernel.capture.hook import OwnHook
 from lightning_pathkernel.capture.plan import CaptureError
 
 __all__ = ["CallGroups", "RowGroup"]
@@ -60,8 +61,8 @@ class CallGroups:
         self.followed = True
         handles = []
         for module in model.modules():
-            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
-            handles.append(module.register_forward_hook(self._leave, always_call=True))
+            handles.append(module.register_forward_pre_hook(OwnHook(self._enter), with_kwargs=True, prepend=True))
+            handles.append(module.register_forward_hook(OwnHook(self._leave), always_call=True))
         return handles
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:

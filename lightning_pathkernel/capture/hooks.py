@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from lightning_pathkernel.capture.fallback import batch_dimension, fallback_gradients
+from lightning_pathkernel.capture.fallback import batch_dimension, fallback_gradients, least_dimension
 from lightning_pathkernel.capture.gradients import PerExampleGradient
 from lightning_pathkernel.capture.groups import CallGroups, RowGroup
+from lightning_pathkernel.capture.hook import OwnHook
 from lightning_pathkernel.capture.plan import CaptureError, CapturePlan, OwnedLayer
 from lightning_pathkernel.capture.positions import by_position, unsplit
 from lightning_pathkernel.capture.precision import full_precision, in_parameter_dtype
@@ -83,10 +84,10 @@ class GradientCapture:
         for module in self._model.modules():
             owner = self._owners.get(id(module))
             if owner is not None and owner.rule is not None:
-                self._handles.append(module.register_forward_hook(self._layer_hook(owner), with_kwargs=True))
+                self._handles.append(module.register_forward_hook(OwnHook(self._layer_hook(owner)), with_kwargs=True))
             if (owner is not None and owner.rule is None) or next(module.children(), None) is not None:
-                self._handles.append(module.register_forward_pre_hook(self._before_forward))
-                self._handles.append(module.register_forward_hook(self._after_forward, with_kwargs=True))
+                self._handles.append(module.register_forward_pre_hook(OwnHook(self._before_forward)))
+                self._handles.append(module.register_forward_hook(OwnHook(self._after_forward), with_kwargs=True))
         return self
 
     def _before_forward(self, module: nn.Module, args: object) -> None:
@@ -100,7 +101,7 @@ class GradientCapture:
 
     def _layer_hook(self, owner: OwnedLayer) -> Callable[..., None]:
         """A hook for a layer with a rule, short because it runs in every step."""
-        dim = batch_dimension(owner.module)
+        dim, least = batch_dimension(owner.module), least_dimension(owner.module)
         parameters = [self._parameters[name] for name in owner.parameters.values()]
 
         def after_forward(
@@ -119,7 +120,7 @@ class GradientCapture:
                 fits = self._batched(module, args, kwargs, output)
             else:
                 shape, shape_out = first.shape, output.shape
-                fits = len(shape) > dim < len(shape_out) and shape[dim] == self._groups.n == shape_out[dim]
+                fits = len(shape) > least < len(shape_out) and shape[dim] == self._groups.n == shape_out[dim]
             if fits:
                 self._watch(owner, args, kwargs, output)
             elif torch.is_grad_enabled():
@@ -228,12 +229,12 @@ class GradientCapture:
         lifted.update({f"{prefix}.{name}": canonical for name, canonical in pending.items()})
 
     def _batched(self, module: nn.Module, args: tuple[object, ...], kwargs: object, output: object) -> bool:
-        dim = batch_dimension(module)
+        dim, least = batch_dimension(module), least_dimension(module)
         inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         outputs = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
 
         def fits(values: list[Tensor]) -> bool:
-            return bool(values) and values[0].dim() > dim and values[0].shape[dim] == self._groups.n
+            return bool(values) and values[0].dim() > least and values[0].shape[dim] == self._groups.n
 
         return fits(inputs) and fits(outputs)
 

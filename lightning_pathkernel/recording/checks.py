@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_pathkernel.capture import PerExampleGradient
 from lightning_pathkernel.recording.ranks import Ranks
 
-__all__ = ["sum_gaps", "unseen"]
+__all__ = ["past", "sum_gaps", "unseen"]
 
 
 def sum_gaps(
@@ -59,4 +59,12 @@ def unseen(step: int) -> str:
         f"no layer's gradient was seen in a backward pass for optimiser step {step}: the hooks did not fire. Call "
         "self.manual_backward(loss) under manual optimisation, compile a module only after the fit has begun, and set "
         "no gradients by hand."
+    )
+
+
+def past(step: int) -> str:
+    """What to say of a step that Lightning did not see."""
+    return (
+        f"optimiser step {step} was made past Lightning, by a raw optimiser's step with a closure: call "
+        "self.optimizers().step(), or the closure first and then step()."
     )

@@ -30,7 +30,8 @@ class FollowedOptimizer:
     Attributes:
         parts: Rows whose gradients are in ``grad``, those that a step has used already included.
         received: Parameters that have a gradient at the step in progress, by name.
-        scale: Loss scale taken out of the gradients before `GradientWatch` looked.
+        scale: Loss scale that is in the rows and not in what `GradientWatch` saw.
+        prepared: Whether a step is in progress.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class FollowedOptimizer:
         self.parts: list[StepRows] = []
         self.received: dict[str, Tensor] = {}
         self.scale = 1.0
+        self.prepared = False
         self._names = names
         self._stale = False
         self._spent = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -63,6 +64,7 @@ class OpenChord:
         self.displacement = ChordDisplacement(network.weights())
         self._start_buffers = ranks.first(network.buffers())
         self._end_buffers: dict[str, Tensor] | None = None
+        self._warned = False
 
     @property
     def arena(self) -> Arena:
@@ -212,7 +214,7 @@ class OpenChord:
             The whole residual of the parameters concerned.
         """
         found: dict[str, Tensor] = {}
-        start = 0
+        start, wanted = 0, 0.0
         for name, sketch in self.sketches.items():
             part = slice(start, start + sketch.features)
             start += sketch.features
@@ -220,19 +222,23 @@ class OpenChord:
                 continue
             expected = sketch.train_matrix(parts.examples[name].reshape(matrix_shape(parts.examples[name].shape)))
             gap = expected - total[part]
+            wanted = math.hypot(wanted, float(expected.norm()))
             if float(gap.norm()) > _OUTSIDE * float(expected.norm()) + 1e-3 * float(rows[:, part].norm()):
                 found[name] = gap
         if not found:
             return {}
-        self._warn(found, total)
+        self._warn(found, wanted)
         out = {}
         for name, gap in found.items():
             matrix = synthesise({name: self.sketches[name]}, gap, parts.preconditioner, parts.delta)[name]
             out[name] = parts.residual[name] + matrix if name in parts.residual else matrix
         return out
 
-    def _warn(self, found: Mapping[str, Tensor], total: Tensor) -> None:
-        share = float(torch.cat(list(found.values())).norm() / total.norm().clamp_min(1e-30))
+    def _warn(self, found: Mapping[str, Tensor], wanted: float) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        share = float(torch.cat(list(found.values())).norm()) / max(wanted, 1e-30)
         _log.warning(
             "between optimiser step %d and the next node %s moved otherwise than the recorded gradients say (weights "
             "changed by hand, or gradients that no hook saw): %.1f %% of the chord's sketched displacement is left "
@@ -256,6 +262,7 @@ class OpenChord:
         self.displacement = ChordDisplacement(self._network.weights(), self.displacement)
         self._start_buffers = self._buffers()
         self._end_buffers = None
+        self._warned = False
 
 
 def compressed(

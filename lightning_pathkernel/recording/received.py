@@ -34,15 +34,15 @@ class GradientWatch:
         self._copies: dict[str, Tensor] = {}
         self._warned = False
 
-    def look(self, parameters: Mapping[str, Tensor]) -> None:
-        """Note the gradients as they are now."""
+    def look(self, parameters: Mapping[str, Tensor], scale: float = 1.0) -> None:
+        """Note the gradients as they are now, divided by the loss scale that is in them."""
         if self._changes == "none":
             return
         gradients = _gradients(parameters)
         self._names = list(gradients)
-        self._norms = torch.stack(torch._foreach_norm(list(gradients.values()))) if gradients else None
+        self._norms = torch.stack(torch._foreach_norm(list(gradients.values()))) / scale if gradients else None
         if self._changes == "any":
-            self._copies = {name: g.detach().clone() for name, g in gradients.items()}
+            self._copies = {name: g.detach() / scale for name, g in gradients.items()}
 
     def compare(self, parameters: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
         """What was done to the gradients since `look`.
@@ -52,7 +52,7 @@ class GradientWatch:
 
         Returns:
             The common factor that everything was multiplied with, and by parameter what is left over: empty, where
-            nothing is. NaN where gradients are not finite.
+            nothing is. NaN where gradients are not finite; 0 and all of them where they have become finite since.
 
         Raises:
             ValueError: If more than a factor changed where nothing else was expected.
@@ -60,18 +60,23 @@ class GradientWatch:
         gradients = _gradients(parameters)
         if self._norms is None:
             return 1.0, {}
-        if self._names != list(gradients):
-            changed = sorted(set(self._names) ^ set(gradients))
-            raise ValueError(f"set or taken away for {', '.join(map(repr, changed))}")
-        after = torch.stack(torch._foreach_norm(list(gradients.values())))
-        before, clipped = float(self._norms.norm()), float(after.norm())
-        if not (math.isfinite(clipped) and math.isfinite(before)):
+        new = sorted(gradients.keys() - set(self._names))
+        if new:
+            raise ValueError(f"set for {', '.join(map(repr, new))}")
+        norms = self._norms
+        if len(gradients) < len(self._names):  # some were taken away: no change of what was received
+            norms = norms[[self._names.index(name) for name in gradients]]
+        after = torch.stack(torch._foreach_norm(list(gradients.values()))) if gradients else norms
+        before, clipped = float(norms.norm()), float(after.norm())
+        if not math.isfinite(clipped):
             return math.nan, {}
+        if not math.isfinite(before):
+            return 0.0, {name: gradient.detach().clone() for name, gradient in gradients.items()}
         factor = clipped / before if before > 0 else 1.0
-        if float((after - factor * self._norms).abs().max()) <= 1e-5 * clipped and self._parallel(gradients, factor):
+        if float((after - factor * norms).abs().max()) <= 1e-5 * clipped and self._parallel(gradients, factor):
             return factor, {}
         if self._changes == "factor":
-            if float((after - factor * self._norms).abs().max()) <= 1e-3 * clipped:
+            if float((after - factor * norms).abs().max()) <= 1e-3 * clipped:
                 return factor, {}
             raise ValueError("changed by more than one common factor")
         return 1.0, self._left_over(gradients, before)

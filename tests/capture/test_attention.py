@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pathkernel.capture import plan_capture
-from lightning_pathkernel.testing import captured_gradients
+from lightning_pathkernel.testing import assert_layer_rule, captured_gradients
 
 N, S, T = 4, 3, 5
 F64 = {"dtype": torch.float64}
@@ -105,3 +105,18 @@ def test_a_parametrised_projection_takes_the_fallback(of: str) -> None:
     rows, whole = captured_gradients(Self().double(), (torch.randn(N, S, 4, **F64),), lambda out: out.sin().sum(), N)
     for key, g in whole.items():
         torch.testing.assert_close(rows[key].sum(0), g, rtol=1e-9, atol=1e-12)
+
+
+def test_an_unbatched_call_whose_length_is_the_batch_size_belongs_to_the_module_around_it() -> None:
+    """Four examples, attended to one by one, with as many positions as there are examples."""
+
+    class OneByOne(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([self.attend(row, row, row)[0] for row in x])
+
+    torch.manual_seed(0)
+    assert_layer_rule(OneByOne().double(), (torch.randn(4, 4, 4, dtype=torch.float64),))
