@@ -20,10 +20,10 @@ from lightning_pathkernel.capture.positions import check_positions
 from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.heap import give_back
 from lightning_pathkernel.network import Network
-from lightning_pathkernel.optim import OptimizerRule, optimizer_rule
+from lightning_pathkernel.optim import optimizer_rule
 from lightning_pathkernel.recording.batch import row_groups
 from lightning_pathkernel.recording.cancelling import warn_of_cancelling
-from lightning_pathkernel.recording.checks import past, sum_gaps, unseen
+from lightning_pathkernel.recording.checks import NonFiniteError, past, sum_gaps, unseen
 from lightning_pathkernel.recording.fitting import SketchFitter, check_ranks
 from lightning_pathkernel.recording.followed import FollowedOptimizer, check_shared
 from lightning_pathkernel.recording.open_chord import OpenChord, compressed
@@ -32,10 +32,6 @@ from lightning_pathkernel.recording.rows import StepRows
 from lightning_pathkernel.recording.settings import RecorderSettings
 
 __all__ = ["NonFiniteError", "PathRecorder", "RecorderSettings"]
-
-
-class NonFiniteError(ArithmeticError):
-    """Gradients or weights stopped being finite."""
 
 
 class PathRecorder:
@@ -79,8 +75,10 @@ class PathRecorder:
         found = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else optimizers
         names = {id(p): name for name, p in network.plan.parameters.items()}
         check_shared(found, names)
+        rules = [optimizer_rule(each, settings.allow_unattributed) for each in found]
         self._optimizers = [
-            FollowedOptimizer(network.module, names, each, self._rule(each), settings.changes) for each in found
+            FollowedOptimizer(network.module, names, each, rule, settings.changes)
+            for each, rule in zip(found, rules, strict=True)
         ]
         self._fitter = SketchFitter(network, probes, settings, self._ranks)
         self._on_chord = on_chord
@@ -89,9 +87,6 @@ class PathRecorder:
         self._chord = OpenChord(network, self._ranks)
         self._due = False
         self._ends = frozenset(settings.nodes[1:])
-
-    def _rule(self, optimizer: torch.optim.Optimizer) -> OptimizerRule | None:
-        return optimizer_rule(optimizer, allow_missing=self.settings.allow_unattributed)
 
     # one batch
 

@@ -10,7 +10,11 @@ from torch import Tensor
 from lightning_pathkernel.capture import PerExampleGradient
 from lightning_pathkernel.recording.ranks import Ranks
 
-__all__ = ["past", "sum_gaps", "unseen"]
+__all__ = ["NonFiniteError", "past", "sum_gaps", "unseen"]
+
+
+class NonFiniteError(ArithmeticError):
+    """Gradients or weights stopped being finite."""
 
 
 def sum_gaps(
