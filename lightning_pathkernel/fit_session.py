@@ -20,7 +20,6 @@ from lightning_pathkernel.chord_io import write_chord
 from lightning_pathkernel.exporter import KernelMachineExporter, open_recording, record_metrics
 from lightning_pathkernel.identity import BatchRows, TrainingIds
 from lightning_pathkernel.network import ForwardFn, Network
-from lightning_pathkernel.optim import optimizer_rule
 from lightning_pathkernel.path import gauss_legendre
 from lightning_pathkernel.probe_batch import collect_probes
 from lightning_pathkernel.probes import ProbeTracker
@@ -84,8 +83,6 @@ class FitSession:
         self._device = trainer.strategy.root_device.type
         allow = options.unattributed == "allow"
         self.optimizers: Sequence[torch.optim.Optimizer] = trainer.optimizers
-        for optimizer in self.optimizers:
-            optimizer_rule(optimizer, allow_missing=allow)
         schedule = training_nodes(trainer, options.nodes, len(self.optimizers) if self._manual else 1)
         _check_not_compiled(module)
         network = Network(module, plan_capture(module, everything=thaws_later(trainer)), options.forward_fn)
@@ -94,16 +91,17 @@ class FitSession:
             _check_forward(network, probes)
         ranks = Ranks(trainer.world_size, trainer.global_rank, trainer.strategy.root_device)
         self._ranks = ranks
-        directory = output_directory(trainer, options.dirpath, used_before)
-        self.recording_dir, self.machine_dir = directory / "recording", directory / "machine"
-        self._open(module, schedule)
-        self._tracker = None if probes is None else ProbeTracker(network, probes, gauss_legendre(4), options.seed)
         settings = RecorderSettings(
             schedule, options.sketch_dim, SketchSettings(options.sketch), options.seed,
             changes=gradient_changes(trainer, module), manual=self._manual, sum_rtol=rounding_of(trainer),
             allow_unattributed=allow, positions=options.positions,
         )  # fmt: skip
         self.recorder = PathRecorder(network, self.optimizers, settings, probes, self._on_chord, ranks)
+        self._tracker = None if probes is None else ProbeTracker(network, probes, gauss_legendre(4), options.seed)
+        # nothing is written, nor hooked in, before all that may refuse the fit has let it pass
+        directory = output_directory(trainer, options.dirpath, used_before)
+        self.recording_dir, self.machine_dir = directory / "recording", directory / "machine"
+        self._open(module, schedule)
         self.recorder.capture.attach()
         self._handles: list[RemovableHandle] = []
         for optimizer in self.optimizers:

@@ -138,7 +138,7 @@ class PathRecorder:
         self._rows = None
         if self.settings.manual:
             for optimizer in self._optimizers:
-                self._inspect(optimizer, 1.0, scale)
+                self._inspect(optimizer, optimizer.updates.received(), 1.0, scale)
 
     def end_batch(self) -> None:
         """Expect nothing more of the batch."""
@@ -173,7 +173,7 @@ class PathRecorder:
             followed.check_stale()
         if not self.settings.manual:
             followed.scale = scale
-            self._inspect(followed, scale, 1.0)
+            self._inspect(followed, received, scale, 1.0)
         seen = followed.parts or self.settings.allow_unattributed
         if not seen and any(p.grad is not None and bool(p.grad.any()) for p in received.values()):
             raise CaptureError(unseen(self.steps))
@@ -184,13 +184,12 @@ class PathRecorder:
         """Whether `before_step` has been called for the step in progress."""
         return self._followed(optimizer).prepared
 
-    def _inspect(self, followed: FollowedOptimizer, taken_out: float, within: float) -> None:
-        """Look at gradients that nobody has changed yet, but for a loss scale: taken out of them, or still within."""
+    def _inspect(self, followed: FollowedOptimizer, received: dict[str, Tensor], removed: float, within: float) -> None:
+        """Look at gradients that nobody has changed yet, but for a loss scale: removed from them, or still within."""
         if not followed.fresh() or (self.settings.changes == "none" and self._all_fitted()):
             return
-        received = followed.updates.received()
         followed.watch.look(received, within)
-        followed.scale = taken_out * within
+        followed.scale = removed * within
         unfitted = {name: p for name, p in received.items() if name not in self._chord.fitted}
         if not unfitted:
             return
@@ -198,7 +197,7 @@ class PathRecorder:
         check_ranks(held, list(unfitted), self._ranks, next(iter(unfitted.values())))
         if not held or followed.reused:
             return
-        gaps = sum_gaps(held, unfitted, taken_out * self._ranks.world, self.settings.sum_rtol, self._ranks)
+        gaps = sum_gaps(held, unfitted, removed * self._ranks.world, self.settings.sum_rtol, self._ranks)
         if gaps and not self.settings.allow_unattributed:
             raise CaptureError(f"at optimiser step {self.steps} {gaps}")
         if self._chord.index == 0 and followed.updates.rule is not None and followed.updates.rule.diagonal:
@@ -225,7 +224,8 @@ class PathRecorder:
         followed.prepared, followed.received = False, {}
         self.steps += 1
         self._due = self._due or self._at_node()
-        self._chord.fold([part for each in self._optimizers for part in each.parts])
+        if self._chord.full:
+            self._chord.fold([part for each in self._optimizers for part in each.parts])
         if not self.settings.manual:
             self._close_if_due()
         elif self._due:  # a gradient may be used again until it is zeroed, which shows at the next backward pass

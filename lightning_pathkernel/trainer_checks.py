@@ -58,21 +58,22 @@ def check_trainer(trainer: Any) -> None:
             f"PathKernelCallback does not support precision={trainer.precision!r}, whose weights are rounded in every "
             f"step: use one of {', '.join(map(repr, _ROUNDING))}."
         )
-    count = sum(any(base.__name__ == "PathKernelCallback" for base in type(c).__mro__) for c in trainer.callbacks)
+    count = len(_callbacks(trainer, "PathKernelCallback"))
     if count > 1:
         raise FitError(
             f"found {count} PathKernelCallbacks in one Trainer: keep one, each would record the other's work."
         )
-    averaging = [
-        type(c).__name__
-        for c in trainer.callbacks
-        if any(base.__name__ in ("StochasticWeightAveraging", "WeightAveraging") for base in type(c).__mro__)
-    ]
+    averaging = _callbacks(trainer, "StochasticWeightAveraging", "WeightAveraging")
     if averaging:
         raise FitError(
             f"PathKernelCallback does not support {', '.join(averaging)}: it puts averages in the place of the weights "
             "at the end, which are no point of the recorded path. Average in a fit of its own."
         )
+
+
+def _callbacks(trainer: Any, *names: str) -> list[str]:
+    """Class names of the trainer's callbacks of these classes, whichever namespace they come from, or derived ones."""
+    return [type(c).__name__ for c in trainer.callbacks if any(base.__name__ in names for base in type(c).__mro__)]
 
 
 def check_begin(trainer: Any) -> None:
@@ -124,7 +125,7 @@ def thaws_later(trainer: Any) -> bool:
     """Whether parameters are frozen now and may learn later: an optimiser has them, or a callback will add them."""
     if any(not p.requires_grad for o in trainer.optimizers for group in o.param_groups for p in group["params"]):
         return True
-    return any(base.__name__ == "BaseFinetuning" for c in trainer.callbacks for base in type(c).__mro__)
+    return bool(_callbacks(trainer, "BaseFinetuning"))
 
 
 def clips_by_itself(pl_module: Any) -> bool:

@@ -126,3 +126,14 @@ def test_what_cannot_be_split_by_position_is_refused_by_name(tmp_path: Path) -> 
         fitted(tmp_path / "length", Speaker(), positions=4)
     with pytest.raises(MisconfigurationException, match="string ids cannot be used with positions"):
         fitted(tmp_path / "names", Speaker(), positions=LENGTH, example_ids=lambda b: [str(row) for row in b[0]])
+
+
+def test_a_refused_fit_leaves_no_directory(tmp_path: Path) -> None:
+    class Convolves(Speaker):
+        def __init__(self) -> None:
+            super().__init__()
+            self.extra = nn.Conv1d(12, 12, 1)
+
+    with pytest.raises(MisconfigurationException, match="No gradients by position"):
+        fitted(tmp_path / "run", Convolves(), positions=LENGTH)
+    assert not (tmp_path / "run").exists()

@@ -109,14 +109,17 @@ class OpenChord:
         self.sketches.update(sketches)
         self.fitted.update(sketches)
 
+    @property
+    def full(self) -> bool:
+        """Whether single visits take so much memory that it is time to `fold`."""
+        return self._kept >= _FOLD
+
     def fold(self, waiting: Sequence[StepRows]) -> None:
-        """Add up by example the visits whose weights are final, once single ones take too much memory.
+        """Add up by example the visits whose weights are final.
 
         Args:
             waiting: Rows that no step, or not every optimiser's, has used yet.
         """
-        if self._kept < _FOLD:
-            return
         alive = self._visits.alive()
         final = np.setdiff1d(np.arange(len(self._steps)), alive)
         parts = self.displacement.parts(self._network.weights())
