@@ -50,10 +50,18 @@ class Learner(pl.LightningModule):
 class WarmUp(Learner):
     """A rate that rises step by step and falls again."""
 
+    interval = "step"
+
     def configure_optimizers(self) -> Any:
         optimizer = self.row.make(self.trained())
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (0.25, 0.5, 1.0, 0.7)[step % 4])
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": self.interval}}
+
+
+class ByEpoch(WarmUp):
+    """The same rates, each for a whole epoch."""
+
+    interval = "epoch"
 
 
 class Groups(Learner):

@@ -85,6 +85,7 @@ FEATURES = {
         unattributed={"sgd momentum": 0.69, "adamw": 0.48},
     ),
     "schedule": FeatureRow("a rate that changes at every step, warm-up included", learner=learners.WarmUp),
+    "schedule by epoch": FeatureRow("a rate that changes after every epoch", learner=learners.ByEpoch),
     "groups": FeatureRow("parameter groups, each with its own rate and decay", learner=learners.Groups),
     "several losses": FeatureRow("several losses and a penalty on the outputs", learner=learners.SeveralLosses),
     "manual": FeatureRow("manual optimisation", learner=learners.Manual),
