@@ -38,7 +38,8 @@ are.
 
 _OPTIMIZERS = """`Rprop` divides a gradient by its own size. Where it is nothing but rounding (the bias of keys in
 attention, a bias before a batch norm) its step is rounding too, and so are the contributions through it; the total is
-exact. A subclass of an optimiser is another optimiser and needs a rule of its own.
+exact, but under clipping (measured: 3 % off). A subclass of an optimiser is another optimiser and needs a rule of its
+own.
 """
 
 _LOSSES = """An example's part is what went back through its own row of the outputs, whatever the loss.
