@@ -25,6 +25,9 @@ __all__ = ["Contractible", "KroneckerSketch"]
 _NUMBERS = 1 << 21
 """At most this many numbers of gradients are formed at once, 8 MB."""
 
+_OUTER_NUMBERS = 1 << 23
+"""At most this many numbers of a preconditioner times a factor are formed."""
+
 
 class Contractible(Protocol):
     """What a sketch asks of a per-example gradient."""
@@ -40,6 +43,10 @@ class Contractible(Protocol):
 
     def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """``left @ G_n @ right.T``, ``[n, k_left, k_right]``."""
+        ...
+
+    def factors(self) -> tuple[Tensor, Tensor | None] | None:
+        """``left [n, r]`` and ``right [n, c]`` of outer products (None: c = 1), or None."""
         ...
 
     def dense(self) -> Tensor:
@@ -93,10 +100,24 @@ class KroneckerSketch:
         """Features of queries, ``[n, k_left * k_right]``; ``preconditioner [r, c]`` is D."""
         if preconditioner is None:
             return gradient.project(self.query_left, self.query_right).flatten(1)
+        factors = gradient.factors()
+        if factors is not None and preconditioner.numel() * self.shape[1] <= _OUTER_NUMBERS:
+            return self._query_outer(*factors, preconditioner)
         rows = max(1, _NUMBERS // preconditioner.numel())
         parts = [gradient.take(slice(start, start + rows)) for start in range(0, gradient.n, rows)]
         whole = [_sandwich(self.query_left, part.dense() * preconditioner, self.query_right) for part in parts]
         return torch.cat(whole).flatten(1)
+
+    def _query_outer(self, left: Tensor, right: Tensor | None, preconditioner: Tensor) -> Tensor:
+        """The same of outer products: D goes into the columns' factor once, not into every gradient."""
+        if right is None:
+            inner = (left * preconditioner.T).unsqueeze(2)
+        elif self.query_right is None:
+            inner = left.unsqueeze(2) * preconditioner * right.unsqueeze(1)
+        else:
+            within = (preconditioner.unsqueeze(1) * self.query_right).flatten(0, 1)  # [r * k_right, c]
+            inner = (right @ within.T).unflatten(1, (self.rows, -1)) * left.unsqueeze(2)
+        return (inner if self.query_left is None else self.query_left @ inner).flatten(1)
 
     def train_matrix(self, matrix: Tensor) -> Tensor:
         """The training-side features of a whole gradient ``[r, c]``: ``[k_left * k_right]``."""
