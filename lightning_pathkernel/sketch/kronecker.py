@@ -137,9 +137,26 @@ class KroneckerSketch:
         z = features.unflatten(-1, self.shape)
         return _sandwich(_transposed(self.query_left), z, _transposed(self.query_right))
 
-    def brought_back(self, matrices: Tensor) -> Tensor:
-        """The adjoint of `synthesise`: whole matrices ``[*, r, c]`` to query features ``[*, k_left * k_right]``."""
-        return _sandwich(self.query_left, matrices, self.query_right).flatten(-2)
+    def energy_form(self, preconditioner: Tensor | None = None) -> Tensor:
+        """The form ``M [k, k]`` with ``z^T M z = <G, D G>`` for the gradient G that features z stand for.
+
+        Args:
+            preconditioner: D, ``[r, c]``; None for the identity.
+
+        Returns:
+            ``M``, symmetric.
+        """
+        left, right = self._pairs(self.query_left, self.rows), self._pairs(self.query_right, self.columns)
+        inner = left.sum(1, keepdim=True) * right.sum(1) if preconditioner is None else left @ preconditioner @ right.T
+        k_left, k_right = self.shape
+        return inner.view(k_left, k_left, k_right, k_right).transpose(1, 2).reshape(self.features, self.features)
+
+    def _pairs(self, factor: Tensor | None, d: int) -> Tensor:
+        """Products of every two rows of a query factor, ``[k * k, d]``."""
+        if factor is None:
+            like = next(iter(self.tensors().values()))
+            factor = torch.eye(d, dtype=like.dtype, device=like.device)
+        return (factor.unsqueeze(1) * factor).flatten(0, 1)
 
     def reexpress(self, features: Tensor, target: KroneckerSketch) -> Tensor:
         """Training features ``[n, k]`` of this sketch in the basis of another, through the kept subspace."""
