@@ -177,8 +177,7 @@ class PathRecorder:
         seen = followed.parts or self.settings.allow_unattributed
         if not seen and any(p.grad is not None and bool(p.grad.any()) for p in received.values()):
             raise CaptureError(unseen(self.steps))
-        if self._chord.displacement.remembers or followed.updates.decaying():
-            self._chord.displacement.remember(self.network.parameters)
+        followed.updates.expect_decay(self._chord.displacement, self.network.parameters)
 
     def prepared(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether `before_step` has been called for the step in progress."""
@@ -225,6 +224,7 @@ class PathRecorder:
         self.steps += 1
         self._due = self._due or self._at_node()
         if self._chord.full:
+            self._settle()
             self._chord.fold([part for each in self._optimizers for part in each.parts])
         if not self.settings.manual:
             self._close_if_due()
@@ -331,7 +331,12 @@ class PathRecorder:
             with self.capture.paused():
                 self._on_chord(remainder)
 
+    def _settle(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.updates.settle(self._chord.displacement)
+
     def _close(self) -> None:
+        self._settle()
         chord = self._chord.snapshot(self.steps, influences=True)
         if chord is None:
             return
@@ -347,4 +352,5 @@ class PathRecorder:
 
     def snapshot(self) -> Chord | None:
         """The open chord as if it ended here, with first-stage rows; None where nothing was learned since its node."""
+        self._settle()
         return self._chord.snapshot(self.steps)

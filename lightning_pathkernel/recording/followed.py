@@ -98,6 +98,7 @@ class FollowedOptimizer:
         """The chord has closed: rows that a step has used are in its basis."""
         self._stale = bool(self.parts)
         self.parts, self._spent = [], 0
+        self.updates.end_chord()
 
     def norm(self) -> float:
         """Norm of all gradients."""
