@@ -20,6 +20,10 @@ class VisitWeights:
     The weight of step r is ``sum_{s in chord, s >= r} rate_s kappa_{s,r}``: what multiplies ``D . g_r`` in the chord's
     displacement. A parameter that sits out a step has weight 0 there.
 
+    A step notes its scalars, a row of each table; the sums are taken when they are asked for, backwards over the rows:
+    ``kept_s = keep_{s+1} kept_{s+1}`` and ``pulled_s = pull_s + keep_{s+1} pulled_{s+1}``, with which a gradient that
+    enters the buffer with the share ``a`` at step s has the share ``a kept_s`` now and the weight ``a pulled_s``.
+
     Args:
         parameters: Names, in the order of the columns.
         horizon: Older steps whose share of the buffer has fallen below this, relative to their first, are let go.
@@ -28,26 +32,52 @@ class VisitWeights:
     def __init__(self, parameters: Sequence[str], horizon: float = 1e-3) -> None:
         self._columns = {name: j for j, name in enumerate(parameters)}
         self._horizon = horizon
-        self._steps = 0
-        self._buffered, self._first, self._weights = (np.zeros((16, len(parameters))) for _ in range(3))
+        self._older, self._steps = 0, 0
+        self._where: dict[tuple[str, ...], list[int]] = {}
+        self._begin(np.zeros((3, 0, len(parameters))))
+
+    def _begin(self, older: Array) -> None:
+        """Go on from rows of earlier steps: their first shares of the buffers, their shares now, their weights."""
+        self._older = self._steps = older.shape[1]
+        # what a step keeps of the buffer, puts into it, takes of it, and takes of its own gradient at once
+        self._tables = np.zeros((4, max(16, 2 * self._steps), older.shape[2]))
+        self._tables[0] = 1.0
+        self._tables[1, : self._older] = older[0]
+        self._earlier = older[1:]
+        self._sums: tuple[Array, Array] | None = None
 
     @property
     def weights(self) -> Array:
         """Weights so far, ``[steps, parameters]``."""
-        return self._weights[: self._steps]
+        return self._summed()[1]
 
     @property
     def buffered(self) -> Array:
         """Share of each step's gradient in the momentum buffers, ``[steps, parameters]``."""
-        return self._buffered[: self._steps]
+        return self._summed()[0]
+
+    def _summed(self) -> tuple[Array, Array]:
+        if self._sums is None:
+            keep, put, take, direct = self._tables[:, self._older : self._steps]
+            kept, pulled = np.ones_like(keep), take.copy()
+            for s in range(len(keep) - 2, -1, -1):
+                kept[s] = keep[s + 1] * kept[s + 1]
+                pulled[s] += keep[s + 1] * pulled[s + 1]
+            shares, weights = self._earlier
+            if len(keep):
+                shares, weights = shares * keep[0] * kept[0], weights + shares * keep[0] * pulled[0]
+            self._sums = np.concatenate([shares, put * kept]), np.concatenate([weights, put * pulled + direct])
+        return self._sums
 
     def extend(self, names: Sequence[str]) -> None:
         """Add parameters, which no step so far has moved."""
         for name in names:
             self._columns[name] = len(self._columns)
-        for field in ("_buffered", "_first", "_weights"):
-            old = getattr(self, field)
-            setattr(self, field, np.concatenate([old, np.zeros((len(old), len(names)))], axis=1))
+        more = (0, 0), (0, 0), (0, len(names))
+        self._tables = np.pad(self._tables, more)
+        self._tables[0, :, -len(names) :] = 1.0
+        self._earlier = np.pad(self._earlier, more)
+        self._sums = None
 
     def newest(self) -> dict[str, float]:
         """Share of the latest step's gradient in the momentum buffers, by parameter."""
@@ -55,29 +85,36 @@ class VisitWeights:
 
     def step(self, updates: Mapping[ParameterUpdate, Sequence[str]]) -> None:
         """Take in one optimiser step: the parameters that moved, by their scalars; the others sat it out."""
-        if self._steps == len(self._weights):
+        if self._steps == self._tables.shape[1]:
             self._grow()
         new = self._steps
         self._steps += 1
+        self._sums = None
         for update, names in updates.items():
             where: slice | list[int] = slice(None)
             if len(names) < len(self._columns):
-                where = [self._columns[name] for name in names]
+                where = self._columns_of(names)
             if update.from_buffer:
-                self._buffered[:new, where] *= update.keep
-                self._buffered[new, where] = self._first[new, where] = update.inject * update.sign
-                self._weights[: new + 1, where] += update.rate * update.from_buffer * self._buffered[: new + 1, where]
+                self._tables[0, new, where] = update.keep
+                self._tables[1, new, where] = update.inject * update.sign
+                self._tables[2, new, where] = update.rate * update.from_buffer
             if update.from_gradient:
-                self._weights[new, where] += update.rate * update.from_gradient * update.sign
+                self._tables[3, new, where] = update.rate * update.from_gradient * update.sign
+
+    def _columns_of(self, names: Sequence[str]) -> list[int]:
+        key = tuple(names)
+        if key not in self._where:
+            self._where[key] = [self._columns[name] for name in key]
+        return self._where[key]
 
     def _grow(self) -> None:
-        for name in ("_buffered", "_first", "_weights"):
-            old = getattr(self, name)
-            setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
+        fresh = np.zeros_like(self._tables)
+        fresh[0] = 1.0
+        self._tables = np.concatenate([self._tables, fresh], axis=1)
 
     def alive(self) -> npt.NDArray[np.intp]:
         """Indices of the steps that a momentum buffer still holds."""
-        scale = np.maximum(np.abs(self._first[: self._steps]).max(axis=1), 1e-300)
+        scale = np.maximum(np.abs(self._tables[1, : self._steps]).max(axis=1), 1e-300)
         return np.flatnonzero(np.abs(self.buffered).max(axis=1) > self._horizon * scale)
 
     def keep(self, steps: npt.NDArray[np.intp], chord_closed: bool) -> None:
@@ -87,10 +124,6 @@ class VisitWeights:
             steps: Indices of those that stay.
             chord_closed: Whether their weights begin at 0 again.
         """
-        size = max(16, 2 * len(steps))
-        for field in ("_buffered", "_first", "_weights"):
-            fresh = np.zeros((size, len(self._columns)))
-            if field != "_weights" or not chord_closed:
-                fresh[: len(steps)] = getattr(self, field)[steps]
-            setattr(self, field, fresh)
-        self._steps = len(steps)
+        shares, weights = self._summed()
+        weights = np.zeros_like(weights) if chord_closed else weights
+        self._begin(np.stack([self._tables[1, : self._steps], shares, weights])[:, steps])
