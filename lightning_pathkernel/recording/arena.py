@@ -7,12 +7,13 @@ step, and every step pays for fresh pages (measured: docs/benchmarks.md). What i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Arena", "Slot"]
+__all__ = ["Arena", "Slot", "adjoining"]
 
 
 class Slot(NamedTuple):
@@ -26,6 +27,25 @@ class Slot(NamedTuple):
     def view(self) -> Tensor:
         """The matrix."""
         return self.block.as_strided((self.n, self.k), (self.k, 1), self.start)
+
+    def shaped(self, shape: Sequence[int]) -> Tensor:
+        """The same numbers as ``[n, *]`` of another shape."""
+        return self.block.narrow(0, self.start, self.n * self.k).view(shape)
+
+
+def adjoining(slots: Sequence[Slot]) -> list[Slot]:
+    """The same numbers in as few slots as can be: ``[1, k]`` each, those that lie one after the other in one."""
+    found: list[Slot] = []
+    block, start, end = None, 0, 0
+    for slot in slots:
+        if slot.block is not block or slot.start != end:
+            if block is not None:
+                found.append(Slot(block, start, 1, end - start))
+            block, start, end = slot.block, slot.start, slot.start
+        end += slot.n * slot.k
+    if block is not None:
+        found.append(Slot(block, start, 1, end - start))
+    return found
 
 
 class Arena:
