@@ -265,8 +265,8 @@ class PathRecorder:
         value = factor
         if self.settings.changes == "none":
             if self._ranks.world == 1 and followed.parts and self._chord.fitted:
-                # a loss that is not finite leaves no row finite: cheaper to see than in all norms
-                value = followed.parts[-1].total()
+                # a loss that is not finite leaves no layer's gradients finite: cheaper to see than in all norms
+                value = followed.parts[-1].first_total()
             else:
                 value = followed.norm()
         if not math.isfinite(value):

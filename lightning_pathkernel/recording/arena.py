@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Arena", "Slot", "adjoining"]
+__all__ = ["Arena", "Slot"]
 
 
 class Slot(NamedTuple):
@@ -31,21 +31,6 @@ class Slot(NamedTuple):
     def shaped(self, shape: Sequence[int]) -> Tensor:
         """The same numbers as ``[n, *]`` of another shape."""
         return self.block.narrow(0, self.start, self.n * self.k).view(shape)
-
-
-def adjoining(slots: Sequence[Slot]) -> list[Slot]:
-    """The same numbers in as few slots as can be: ``[1, k]`` each, those that lie one after the other in one."""
-    found: list[Slot] = []
-    block, start, end = None, 0, 0
-    for slot in slots:
-        if slot.block is not block or slot.start != end:
-            if block is not None:
-                found.append(Slot(block, start, 1, end - start))
-            block, start, end = slot.block, slot.start, slot.start
-        end += slot.n * slot.k
-    if block is not None:
-        found.append(Slot(block, start, 1, end - start))
-    return found
 
 
 class Arena:

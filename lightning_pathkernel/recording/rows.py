@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_pathkernel.capture import PerExampleGradient
-from lightning_pathkernel.recording.arena import Arena, Slot, adjoining
+from lightning_pathkernel.recording.arena import Arena, Slot
 from lightning_pathkernel.sketch import KroneckerSketch
 
 __all__ = ["CarriedRows", "RecordedStep", "Rows", "Sketches", "StepRows", "split", "summed", "visited", "weighted"]
@@ -136,9 +136,9 @@ class StepRows:
             self._ids = _moved(self._ids, arena)
         self._arena = arena
 
-    def total(self) -> float:
-        """The sum of all that was taken in, finite only if every number is; 0 if there is none."""
-        return float(sum(float(run.view().sum()) for run in adjoining(self._slots)))
+    def first_total(self) -> float:
+        """The sum of what the backward pass brought first, finite only if every number of it is; 0 if there is none."""
+        return float(self._slots[0].view().sum()) if self._slots else 0.0
 
     def numbers(self) -> int:
         """Numbers kept."""
