@@ -129,7 +129,8 @@ class KroneckerSketch:
     def scaled(self, left: Tensor, right: Tensor | None) -> KroneckerSketch:
         """The same sketch over a rank-one scale ``left [r] x right [c]``, moved to the training side.
 
-        The training factors are multiplied by it and the query factors divided, so inner products stay.
+        The training factors are multiplied by it and the query factors divided, so inner products stay; a side that is
+        kept exactly needs no scale.
 
         Args:
             left: Scale of the rows, positive.
@@ -140,9 +141,7 @@ class KroneckerSketch:
         """
 
         def times(factor: Tensor | None, by: Tensor | None) -> Tensor | None:
-            if by is None:
-                return factor
-            return torch.diag(by) if factor is None else factor * by
+            return factor if factor is None or by is None else factor * by
 
         if self.columns == 1 and right is not None:
             left, right = left * right, None
