@@ -104,7 +104,7 @@ class PathRecorder:
         for optimizer in self._optimizers:
             optimizer.forget_zeroed()
         self._close_if_due()
-        self._rows = [StepRows(ids, self._chord.arena) for ids in self._groups]
+        self._rows = [StepRows(ids, self._chord.arena, self._chord.room) for ids in self._groups]
         self.capture.listen(self._take)
 
     def _take(self, group: int, name: str, gradient: PerExampleGradient) -> None:

@@ -52,16 +52,20 @@ class StepRows:
     Args:
         ids: Training examples, ``[n]``.
         arena: Where what is taken in is kept.
+        room: Numbers that are expected, asked of the arena at once.
 
     Attributes:
         held: Parameter -> gradients held back.
     """
 
-    __slots__ = ("_arena", "_ids", "_last", "_slots", "_uses", "held")
+    __slots__ = ("_arena", "_at", "_block", "_end", "_ids", "_last", "_room", "_slots", "_uses", "held")
 
-    def __init__(self, ids: Tensor, arena: Arena) -> None:
+    def __init__(self, ids: Tensor, arena: Arena, room: int = 0) -> None:
         self._ids: Tensor | Slot = ids
         self._arena = arena
+        self._room = room
+        self._block: Tensor | None = None
+        self._at = self._end = 0
         self._slots: list[Slot] = []
         self._uses: list[tuple[str, tuple[int, ...]]] = []
         self._last: tuple[Tensor, Tensor | None, int] | None = None
@@ -110,7 +114,13 @@ class StepRows:
         return len(self._slots) - 1
 
     def _slot(self, n: int, width: int, like: Tensor) -> Slot:
-        slot = self._arena.new(n, width, like)
+        size, block = n * width, self._block
+        if block is None or self._at + size > self._end or block.dtype is not like.dtype:
+            whole = self._arena.new(1, max(self._room, size), like)
+            block, self._at, self._end = whole.block, whole.start, whole.start + whole.k
+            self._block, self._room = block, 0
+        slot = Slot(block, self._at, n, width)
+        self._at += size
         self._slots.append(slot)
         return slot
 
@@ -119,6 +129,7 @@ class StepRows:
         if self._slots and not isinstance(self._ids, Slot):
             self._ids = self._arena.keep(self._ids)
         self._last = None
+        self._block = None
 
     def settle(self, sketches: Sketches, names: Sequence[str]) -> None:
         """Take in what was held back of these parameters."""

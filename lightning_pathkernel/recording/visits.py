@@ -12,6 +12,8 @@ from lightning_pathkernel.optim import ParameterUpdate
 __all__ = ["VisitWeights"]
 
 Array = npt.NDArray[np.float64]
+_NOTED = 64
+"""Steps noted before the tables are brought up to date."""
 
 
 class VisitWeights:
@@ -20,7 +22,7 @@ class VisitWeights:
     The weight of step r is ``sum_{s in chord, s >= r} rate_s kappa_{s,r}``: what multiplies ``D . g_r`` in the chord's
     displacement. A parameter that sits out a step has weight 0 there.
 
-    A step notes its scalars, a row of each table; the sums are taken when they are asked for, backwards over the rows:
+    A step only notes its scalars; the sums are taken when they are asked for, backwards over the steps:
     ``kept_s = keep_{s+1} kept_{s+1}`` and ``pulled_s = pull_s + keep_{s+1} pulled_{s+1}``, with which a gradient that
     enters the buffer with the share ``a`` at step s has the share ``a kept_s`` now and the weight ``a pulled_s``.
 
@@ -32,8 +34,8 @@ class VisitWeights:
     def __init__(self, parameters: Sequence[str], horizon: float = 1e-3) -> None:
         self._columns = {name: j for j, name in enumerate(parameters)}
         self._horizon = horizon
-        self._older, self._steps = 0, 0
         self._where: dict[tuple[str, ...], list[int]] = {}
+        self._noted: list[Mapping[ParameterUpdate, Sequence[str]]] = []
         self._begin(np.zeros((3, 0, len(parameters))))
 
     def _begin(self, older: Array) -> None:
@@ -44,7 +46,6 @@ class VisitWeights:
         self._tables[0] = 1.0
         self._tables[1, : self._older] = older[0]
         self._earlier = older[1:]
-        self._sums: tuple[Array, Array] | None = None
 
     @property
     def weights(self) -> Array:
@@ -57,49 +58,61 @@ class VisitWeights:
         return self._summed()[0]
 
     def _summed(self) -> tuple[Array, Array]:
-        if self._sums is None:
-            keep, put, take, direct = self._tables[:, self._older : self._steps]
-            kept, pulled = np.ones_like(keep), take.copy()
-            for s in range(len(keep) - 2, -1, -1):
-                kept[s] = keep[s + 1] * kept[s + 1]
-                pulled[s] += keep[s + 1] * pulled[s + 1]
-            shares, weights = self._earlier
-            if len(keep):
-                shares, weights = shares * keep[0] * kept[0], weights + shares * keep[0] * pulled[0]
-            self._sums = np.concatenate([shares, put * kept]), np.concatenate([weights, put * pulled + direct])
-        return self._sums
+        self._write()
+        keep, put, take, direct = self._tables[:, self._older : self._steps]
+        kept, pulled = np.ones_like(keep), take.copy()
+        for s in range(len(keep) - 2, -1, -1):
+            kept[s] = keep[s + 1] * kept[s + 1]
+            pulled[s] += keep[s + 1] * pulled[s + 1]
+        shares, weights = self._earlier
+        if len(keep):
+            shares, weights = shares * keep[0] * kept[0], weights + shares * keep[0] * pulled[0]
+        return np.concatenate([shares, put * kept]), np.concatenate([weights, put * pulled + direct])
 
     def extend(self, names: Sequence[str]) -> None:
         """Add parameters, which no step so far has moved."""
+        self._write()
+        self._where.clear()
         for name in names:
             self._columns[name] = len(self._columns)
         more = (0, 0), (0, 0), (0, len(names))
         self._tables = np.pad(self._tables, more)
         self._tables[0, :, -len(names) :] = 1.0
         self._earlier = np.pad(self._earlier, more)
-        self._sums = None
 
     def newest(self) -> dict[str, float]:
         """Share of the latest step's gradient in the momentum buffers, by parameter."""
-        return dict(zip(self._columns, self.buffered[-1].tolist(), strict=True))
+        self._write()
+        return dict(zip(self._columns, self._tables[1, self._steps - 1].tolist(), strict=True))
 
     def step(self, updates: Mapping[ParameterUpdate, Sequence[str]]) -> None:
-        """Take in one optimiser step: the parameters that moved, by their scalars; the others sat it out."""
-        if self._steps == self._tables.shape[1]:
-            self._grow()
-        new = self._steps
-        self._steps += 1
-        self._sums = None
-        for update, names in updates.items():
-            where: slice | list[int] = slice(None)
-            if len(names) < len(self._columns):
+        """Take in one optimiser step.
+
+        Args:
+            updates: The parameters that moved, by their scalars, not to be changed; the others sat it out.
+        """
+        self._noted.append(updates)
+        if len(self._noted) == _NOTED:
+            self._write()
+
+    def _write(self) -> None:
+        """Bring the tables up to date."""
+        if self._steps + len(self._noted) > self._tables.shape[1]:
+            fresh = np.zeros_like(self._tables[:, :1]).repeat(self._tables.shape[1] + _NOTED, axis=1)
+            fresh[0] = 1.0
+            self._tables = np.concatenate([self._tables, fresh], axis=1)
+        for updates in self._noted:
+            for update, names in updates.items():
+                column = self._tables[:, self._steps]
                 where = self._columns_of(names)
-            if update.from_buffer:
-                self._tables[0, new, where] = update.keep
-                self._tables[1, new, where] = update.inject * update.sign
-                self._tables[2, new, where] = update.rate * update.from_buffer
-            if update.from_gradient:
-                self._tables[3, new, where] = update.rate * update.from_gradient * update.sign
+                if update.from_buffer:
+                    column[0, where] = update.keep
+                    column[1, where] = update.inject * update.sign
+                    column[2, where] = update.rate * update.from_buffer
+                if update.from_gradient:
+                    column[3, where] = update.rate * update.from_gradient * update.sign
+            self._steps += 1
+        self._noted.clear()
 
     def _columns_of(self, names: Sequence[str]) -> list[int]:
         key = tuple(names)
@@ -107,15 +120,11 @@ class VisitWeights:
             self._where[key] = [self._columns[name] for name in key]
         return self._where[key]
 
-    def _grow(self) -> None:
-        fresh = np.zeros_like(self._tables)
-        fresh[0] = 1.0
-        self._tables = np.concatenate([self._tables, fresh], axis=1)
-
     def alive(self) -> npt.NDArray[np.intp]:
         """Indices of the steps that a momentum buffer still holds."""
+        buffered = self.buffered
         scale = np.maximum(np.abs(self._tables[1, : self._steps]).max(axis=1), 1e-300)
-        return np.flatnonzero(np.abs(self.buffered).max(axis=1) > self._horizon * scale)
+        return np.flatnonzero(np.abs(buffered).max(axis=1) > self._horizon * scale)
 
     def keep(self, steps: npt.NDArray[np.intp], chord_closed: bool) -> None:
         """Forget all other steps.
