@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -115,16 +116,17 @@ class GradientCapture:
                 return
             start = time.perf_counter()
             first = args[0] if len(args) == 1 and not kwargs else None
-            plain = type(first) is Tensor and type(output) is Tensor
-            if plain:
+            if type(first) is Tensor and type(output) is Tensor:
                 shape, shape_out = first.shape, output.shape
                 fits = len(shape) > least < len(shape_out) and shape[dim] == groups.n == shape_out[dim]
+                if fits and key not in random:
+                    if output.requires_grad:
+                        output.register_hook(_Call(self, owner, (first.detach(),), kwargs, 0, None))
+                    self.seconds += time.perf_counter() - start
+                    return
             else:
                 fits = self._batched(module, args, kwargs, output)
-            if fits and plain and key not in random:
-                if output.requires_grad:
-                    output.register_hook(_Call(self, owner, (first.detach(),), kwargs, 0, None))
-            elif fits:
+            if fits:
                 self._watch(owner, args, kwargs, output)
             elif torch.is_grad_enabled():
                 self._watch_pending(module, owner.parameters, args, kwargs, output)

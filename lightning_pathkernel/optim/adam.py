@@ -48,7 +48,7 @@ class _Averaging:
         return float(group["lr"]) * float(group["weight_decay"]) if group.get("decoupled_weight_decay", False) else 0.0
 
     def rise(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> float:
-        """v falls by beta2 at most, and not at all under amsgrad; the bias correction ``1 - beta2^t`` grows."""
+        """V falls by beta2 at most, and not at all under amsgrad; the bias correction ``1 - beta2^t`` grows."""
         beta2, step = float(group["betas"][1]), float(state["step"])
         keep = 1.0 if group.get("amsgrad") else beta2
         before = keep * (1.0 - beta2**step)
@@ -112,7 +112,7 @@ class RAdamRule(_Averaging):
     """
 
     def rise(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> float:
-        """v falls by beta2 at most; ``r sqrt(1 - beta2^t)`` grows."""
+        """V falls by beta2 at most; ``r sqrt(1 - beta2^t)`` grows."""
         beta2, step = float(group["betas"][1]), float(state["step"])
         before, after = _rectified(beta2, step), _rectified(beta2, step + 1.0)
         if before is None or after is None or beta2 == 0:
@@ -146,7 +146,7 @@ class AdamaxRule(_Averaging):
     """Adamax (Kingma and Ba 2015, algorithm 2): ``D = 1 / u``, u the decaying maximum of ``|h| + eps``."""
 
     def rise(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> float:
-        """u falls by beta2 at most."""
+        """U falls by beta2 at most."""
         beta2 = float(group["betas"][1])
         return 1.0 / beta2 if beta2 > 0 else math.inf
 

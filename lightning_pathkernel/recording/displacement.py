@@ -144,7 +144,7 @@ class ChordDisplacement:
 
     def step_foreign(self, names: Sequence[str], update: ParameterUpdate, foreign: Mapping[str, Tensor]) -> None:
         """Take in what the optimiser received beyond the examples' gradients; nothing where that is nothing."""
-        if not self._foreign.buffers and not any(name in foreign for name in names):
+        if not self._foreign.buffers and not (foreign and any(name in foreign for name in names)):
             return
         like = [self.start[name] for name in names]
         pulled = [
@@ -241,15 +241,11 @@ class ChordDisplacement:
         return DisplacementParts(delta, secants, decay, residual, examples)
 
     def _secant(self, name: str, delta: Tensor) -> Tensor:
-        """``clip(sum_s D_s m_s / sum_s m_s)`` between the least and the greatest D of the chord's steps.
-
-        Where D was not looked at in every step these are known up to `LOOSENESS`, and the wider bounds hold.
-        """
+        """``clip(sum_s D_s m_s / sum_s m_s)`` between the least and the greatest D of the chord's steps."""
         moved, upper = self._moved[name], self._upper[name]
         own = delta - self._decoupled[name] if name in self._decoupled else delta
         ratio = torch.where(moved == 0, torch.zeros_like(moved), -own / moved)
         lower = torch.minimum(self._largest[name].reciprocal(), upper)
-        if name in self._loose:
+        if name in self._loose:  # D between two looks is not known better
             lower, upper = lower / LOOSENESS, upper * LOOSENESS
         return torch.minimum(torch.maximum(ratio, lower), upper)
-

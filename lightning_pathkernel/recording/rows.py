@@ -153,7 +153,7 @@ class StepRows:
 
     def numbers(self) -> int:
         """Numbers kept."""
-        return sum([slot.n * slot.k for slot in self._slots])
+        return sum(slot.n * slot.k for slot in self._slots)
 
     def features(self, sketches: Sketches) -> Tensor:
         """All features of closed rows, ``[n, F]``."""
