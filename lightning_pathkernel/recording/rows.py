@@ -91,7 +91,7 @@ class StepRows:
         if factors is None:
             features = gradient.project(sketch.train_left, sketch.train_right)
             slot = self._slot(features.shape[0], features.shape[1] * features.shape[2], features)
-            slot.shaped(features.shape).copy_(features)
+            slot.view().view(features.shape).copy_(features)
             self._uses.append((name, (len(self._slots) - 1,)))
             return
         left, right = factors

@@ -101,7 +101,7 @@ def test_a_preconditioner_rises_by_no_more_than_its_rule_foresees(kind: type, op
 def test_looking_away_loosens_the_bounds_by_the_stated_factor(
     kind: type, options: dict, silent: tuple[str, ...]
 ) -> None:
-    """Every third step leaves some parameters out, so that the buckets change; the sums may be asked for at any time."""
+    """Every third step leaves some parameters out, so that buckets change; sums may be asked for at any time."""
     run = Run(kind, **options)
     for _ in range(3):
         start = run.weights()
