@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from lightning_pathkernel.chord_io import write_chord
 from lightning_pathkernel.exporter import KernelMachineExporter, open_recording, record_metrics
 from lightning_pathkernel.identity import BatchRows, TrainingIds
 from lightning_pathkernel.network import ForwardFn, Network
-from lightning_pathkernel.path import gauss_legendre
+from lightning_pathkernel.path import NodeBudget, gauss_legendre
 from lightning_pathkernel.probe_batch import collect_probes
 from lightning_pathkernel.probes import ProbeTracker
 from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
@@ -53,6 +53,7 @@ class SessionOptions:
     sketch: str
     unattributed: str
     positions: int
+    tolerance: float | None
 
 
 class FitSession:
@@ -82,7 +83,7 @@ class FitSession:
         self._timed = _Clock(trainer.strategy.root_device.type)
         allow = options.unattributed == "allow"
         self.optimizers: Sequence[torch.optim.Optimizer] = trainer.optimizers
-        schedule = training_nodes(trainer, options.nodes, len(self.optimizers) if self._manual else 1)
+        nodes = training_nodes(trainer, options.nodes, len(self.optimizers) if self._manual else 1, options.tolerance)
         _check_not_compiled(module)
         network = Network(module, plan_capture(module, everything=thaws_later(trainer)), options.forward_fn)
         probes = collect_probes(trainer, options.probes)
@@ -91,7 +92,7 @@ class FitSession:
         ranks = Ranks(trainer.world_size, trainer.global_rank, trainer.strategy.root_device)
         self._ranks = ranks
         settings = RecorderSettings(
-            schedule, options.sketch_dim, SketchSettings(options.sketch), options.seed,
+            nodes, options.sketch_dim, SketchSettings(options.sketch), options.seed,
             changes=gradient_changes(trainer, module), manual=self._manual, sum_rtol=rounding_of(trainer),
             allow_unattributed=allow, positions=options.positions,
         )  # fmt: skip
@@ -100,7 +101,7 @@ class FitSession:
         # nothing is written, nor hooked in, before all that may refuse the fit has let it pass
         directory = output_directory(trainer, options.dirpath, used_before)
         self.recording_dir, self.machine_dir = directory / "recording", directory / "machine"
-        self._open(module, schedule)
+        self._open(module, nodes)
         self.recorder.capture.attach()
         self._handles: list[RemovableHandle] = []
         for optimizer in self.optimizers:
@@ -109,10 +110,11 @@ class FitSession:
         self.history: list[dict[str, float]] = []
         self._step_seconds = self._batch_started = 0.0
 
-    def _open(self, module: nn.Module, schedule: list[int]) -> None:
+    def _open(self, module: nn.Module, nodes: list[int] | NodeBudget) -> None:
         options, names = self._options, [type(o).__name__ for o in self.optimizers]
+        placed = asdict(nodes) if isinstance(nodes, NodeBudget) else nodes
         settings = {
-            "sketch_dim": options.sketch_dim, "nodes": schedule, "seed": options.seed, "sketch": options.sketch,
+            "sketch_dim": options.sketch_dim, "nodes": placed, "seed": options.seed, "sketch": options.sketch,
             "unattributed": options.unattributed, "positions": options.positions,
         }  # fmt: skip
         if self._ranks.rank == 0:

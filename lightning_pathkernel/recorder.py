@@ -26,6 +26,7 @@ from lightning_pathkernel.recording.cancelling import warn_of_cancelling
 from lightning_pathkernel.recording.checks import NonFiniteError, not_finite, past, sum_gaps, unseen
 from lightning_pathkernel.recording.fitting import SketchFitter, check_ranks
 from lightning_pathkernel.recording.followed import FollowedOptimizer, check_shared
+from lightning_pathkernel.recording.nodes import Nodes
 from lightning_pathkernel.recording.open_chord import OpenChord, compressed
 from lightning_pathkernel.recording.ranks import Ranks
 from lightning_pathkernel.recording.rows import StepRows
@@ -86,7 +87,7 @@ class PathRecorder:
         self._rows: list[StepRows] | None = None
         self._chord = OpenChord(network, self._ranks)
         self._due = False
-        self._ends = frozenset(settings.nodes[1:])
+        self._nodes = Nodes(settings.nodes, self._ranks)
 
     # one batch
 
@@ -222,7 +223,7 @@ class PathRecorder:
             self._record(followed, followed.received)
         followed.prepared, followed.received = False, {}
         self.steps += 1
-        self._due = self._due or self._at_node()
+        self._due = self._due or self._at_node(followed)
         if self._chord.full:
             self._settle()
             self._chord.fold([part for each in self._optimizers for part in each.parts])
@@ -268,11 +269,8 @@ class PathRecorder:
 
     # one chord
 
-    def _at_node(self) -> bool:
-        nodes = self.settings.nodes
-        if self.steps <= nodes[-1]:
-            return self.steps in self._ends
-        return (self.steps - nodes[-1]) % (nodes[-1] - nodes[-2]) == 0
+    def _at_node(self, followed: FollowedOptimizer) -> bool:
+        return self._nodes.due(self.steps, self.network.parameters, self._chord.displacement, followed.updates)
 
     def _close_if_due(self) -> None:
         """A chord ends when its last step was taken and no gradient waits for another one."""
