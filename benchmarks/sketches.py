@@ -55,9 +55,10 @@ def _candidate(second_ridges: tuple[float, ...] = (0.1,), **settings: Any) -> Ca
 
 
 CANDIDATES = {
-    "shared": _candidate(),
-    "shared, 512 at least": _candidate(features=512),
-    "shared, loss 0.003": _candidate(loss=3e-3),
+    "by error": _candidate(),
+    "by error, direction 1": _candidate(direction=1.0),
+    "256 features": _candidate(most=256),
+    "1024 features": _candidate(features=1024, most=1024),
     "width 8": _candidate(features=None, width=8),
     "width 12": _candidate(features=None, width=12),
     "width 16": _candidate(features=None),
