@@ -57,6 +57,7 @@ def _candidate(second_ridges: tuple[float, ...] = (0.1,), **settings: Any) -> Ca
 CANDIDATES = {
     "by error": _candidate(),
     "by error, direction 1": _candidate(direction=1.0),
+    "by error, tolerance 0.05": _candidate(tolerance=0.05),
     "256 features": _candidate(most=256),
     "1024 features": _candidate(features=1024, most=1024),
     "width 8": _candidate(features=None, width=8),
@@ -176,7 +177,7 @@ class Result:
         case: Network and optimiser.
         candidate: First stage.
         second_ridge: Of the second stage.
-        sketch_dim: Numbers kept; 0 for all of the first stage.
+        sketch_dim: Numbers kept.
         seed: Of the run.
         fidelity: On unseen inputs.
         pearson: Correlation of contributions with the exact ones, mean over queries.
@@ -241,12 +242,12 @@ class Judge:
         self._base = self._network.outputs(x, first.start, first.start_buffers) + change
 
     def measure(self, k: int, settings: SketchSettings) -> dict[str, float]:
-        """A second stage of ``k`` numbers; 0 for none."""
+        """A second stage of ``k`` numbers."""
         examples = torch.zeros(1)
         found = torch.zeros_like(self._known.contributions)
         for (chord, probes), features in zip(self._kept, self._features, strict=True):
             rows, generator = chord.rows, torch.Generator().manual_seed(0)
-            maps = fit_second_stage(rows, probes, rows.sum(0), k, settings, generator) if k else None
+            maps = fit_second_stage(rows, probes, rows.sum(0), k, settings, generator)
             if maps is not None:
                 chord = replace(chord, rows=rows @ maps[0].T, second_stage=maps[1])
                 features = features @ maps[1].T
@@ -287,7 +288,7 @@ def measure(name: str, seed: int, wanted: Sequence[str], images: Path, cache: Pa
     for label, each in zip(wanted, heard, strict=True):
         judge, fit = Judge(run.module, each.fitter.kept, data, known), each.spent / each.fitter.chords
         grid = [(ridge, k) for ridge in CANDIDATES[label].second_ridges for k in DIMS]
-        for ridge, k in [*grid, (0.0, 0)]:
+        for ridge, k in grid:
             found = judge.measure(k, SketchSettings(second_ridge=ridge))
             yield Result(name, label, ridge, k, seed, **found, fit=fit)
 

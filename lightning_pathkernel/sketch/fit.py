@@ -49,7 +49,7 @@ class SketchSettings:
     width: int = 16
     features: int | None = 256
     most: int = 4096
-    tolerance: float = 0.05
+    tolerance: float = 0.03
     ridge: float = 0.03
     second_ridge: float = 0.1
     direction: float = 5.0
