@@ -2,10 +2,10 @@
 
     python -m benchmarks.sketches IMAGES CACHE --seeds 3
 
-Brute force is run once per case and seed and kept in CACHE, with the weights that training ended at. All candidates of a
-case listen to one further training run, which must end at the very same weights. Results are lines of CACHE/results.jsonl;
-what is there is not measured again. Pearson is the mean over 24 unseen queries of the correlation of contributions with
-the exact ones; fidelity and agreement are those of 64 other unseen inputs.
+Brute force is run once per case and seed and kept in CACHE, with the weights that training ended at. All candidates of
+a case listen to one further training run, which must end at the very same weights. Results are lines of
+CACHE/results.jsonl; what is there is not measured again. Pearson is the mean over 24 unseen queries of the correlation
+of contributions with the exact ones; fidelity and agreement are those of 64 other unseen inputs.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.brute_force import Exact, Listener, Training, exact_contributions, train
+from benchmarks.brute_force import Exact, Training, exact_contributions, train
 from benchmarks.cases import CASES, Data
+from benchmarks.faithfulness import Recording
 from lightning_pathkernel import query
 from lightning_pathkernel.capture import plan_capture
 from lightning_pathkernel.chord import Chord
@@ -92,7 +93,7 @@ class _Fitter(SketchFitter):
             self.kept.append((chord, chord.rows))
 
 
-class _Heard(Listener):
+class _Heard(Recording):
     """A candidate's recorder, told of a training run; its fits are timed by the processor's time."""
 
     def __init__(
@@ -104,43 +105,29 @@ class _Heard(Listener):
         network = Network(module, plan_capture(module))
         settings = RecorderSettings(nodes, min(DIMS), candidate.sketch, seed)
         self.fitter = _Fitter(network, probes, settings, Ranks())
-        self._recorder = PathRecorder(network, optimizer, settings, probes, self.fitter.close)
-        self._recorder._fitter = self.fitter
-        self._recorder.capture.attach()
-
-    def begin_batch(self, rows: Tensor) -> None:
-        self._recorder.begin_batch(rows)
-
-    def before_backward(self) -> None:
-        self._recorder.before_backward()
-
-    def after_backward(self) -> None:
-        self._recorder.after_backward()
-
-    def before_step(self) -> None:
-        self._recorder.before_step()
+        super().__init__(PathRecorder(network, optimizer, settings, probes, self.fitter.close))
+        self.recorder._fitter = self.fitter
 
     def after_step(self) -> None:
+        """It has moved the weights: a fit, where there is one, is timed."""
         with self._alone():
             start = time.process_time()
-            self._recorder.after_step()
+            super().after_step()
             self.spent += time.process_time() - start
-
-    def end_batch(self) -> None:
-        self._recorder.end_batch()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """The other recorders do not hear what this one asks the network."""
         with ExitStack() as stack:
             for other in self.others:
-                stack.enter_context(other._recorder.capture.paused())
+                stack.enter_context(other.recorder.capture.paused())
             yield
 
     def close(self) -> None:
+        """Training is over."""
         with self._alone():
-            self._recorder.finish()
-        self._recorder.capture.detach()
+            self.recorder.finish()
+        self.recorder.capture.detach()
 
 
 def _key(name: str, seed: int) -> str:
@@ -297,7 +284,7 @@ def main() -> None:
     """Measure what is missing, and say what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, help="where Fashion-MNIST's *-ubyte.gz files are")
-    parser.add_argument("cache", type=Path, help="where exact contributions and results are kept, outside the repository")
+    parser.add_argument("cache", type=Path, help="where results are kept, outside the repository")
     parser.add_argument("--case", choices=CASES, action="append", help="default: all of them")
     parser.add_argument("--candidate", choices=CANDIDATES, action="append", help="default: all of them")
     parser.add_argument("--seed", type=int, action="append", help="default: 0, 1 and 2")
