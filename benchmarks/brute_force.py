@@ -1,9 +1,9 @@
 """Exact contributions by brute force. Uses nothing of the package.
 
-One chord per optimiser step with Gauss points along it, every per-example gradient whole; momentum and Adam's second moments
-are followed step by step. The gradient of a row of a batch is its share ``sum_t g_t a_t^T`` of the batch's gradient,
-from hooks on the layers of a forward pass in training mode, so that batch norm may mix the rows; the shares must add up
-to ``p.grad``. Queries are in evaluation mode, with the buffers that the step leaves.
+One chord per optimiser step with Gauss points along it, every per-example gradient whole; momentum and Adam's second
+moments are followed step by step. The gradient of a row of a batch is its share ``sum_t g_t a_t^T`` of the batch's
+gradient, from hooks on the layers of a forward pass in training mode, so that batch norm may mix the rows; the shares
+must add up to ``p.grad``. Queries are in evaluation mode, with the buffers that the step leaves.
 """
 
 from __future__ import annotations

@@ -280,8 +280,32 @@ def measure(name: str, seed: int, wanted: Sequence[str], images: Path, cache: Pa
             yield Result(name, label, ridge, k, seed, **found, fit=fit)
 
 
+def _spread(values: Sequence[float]) -> str:
+    mean = fmean(values)
+    return f"{mean:.4f}" + (f" ± {max(abs(v - mean) for v in values):.4f}" if len(values) > 1 else "")
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """Results as markdown: mean and largest deviation over seeds."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for line in lines:
+        key = (line["candidate"], line["case"], line["second_ridge"], line["sketch_dim"])
+        groups.setdefault(key, []).append(line)
+    out = [
+        "| first stage | case | second ridge | sketch_dim | seeds | fidelity | Pearson | least | agreement | features |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key, found in groups.items():
+        columns = [_spread([line[name] for line in found]) for name in ("fidelity", "pearson")]
+        worst, first = min(line["worst"] for line in found), fmean(line["first"] for line in found)
+        agreement = fmean(line["agreement"] for line in found)
+        cells = [*map(str, key), str(len(found)), *columns, f"{worst:.3f}", f"{agreement:.3f}", f"{first:.0f}"]
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+
 def main() -> None:
-    """Measure what is missing, and say what was found."""
+    """Measure what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, help="where Fashion-MNIST's *-ubyte.gz files are")
     parser.add_argument("cache", type=Path, help="where results are kept, outside the repository")
@@ -299,8 +323,10 @@ def main() -> None:
             wanted = [c for c in options.candidate or CANDIDATES if (name, c, seed) not in known]
             for result in measure(name, seed, wanted, options.images, options.cache) if wanted else ():
                 print(json.dumps(asdict(result)), flush=True)
+                lines.append(asdict(result))
                 with file.open("a") as out:
-                    out.write(json.dumps(asdict(result)) + "\n")
+                    out.write(json.dumps(lines[-1]) + "\n")
+    print(table(lines))
 
 
 if __name__ == "__main__":
