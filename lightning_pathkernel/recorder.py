@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from lightning_pathkernel.recording.checks import NonFiniteError, not_finite, pa
 from lightning_pathkernel.recording.fitting import SketchFitter, check_ranks
 from lightning_pathkernel.recording.followed import FollowedOptimizer, check_shared
 from lightning_pathkernel.recording.nodes import Nodes
-from lightning_pathkernel.recording.open_chord import OpenChord, compressed
+from lightning_pathkernel.recording.open_chord import OpenChord
 from lightning_pathkernel.recording.ranks import Ranks
 from lightning_pathkernel.recording.rows import StepRows
 from lightning_pathkernel.recording.settings import RecorderSettings
@@ -327,7 +326,7 @@ class PathRecorder:
         for name, value in chord.delta.items():
             if not bool(value.isfinite().all()):
                 raise NonFiniteError(f"weights of {name!r} are not finite at optimiser step {self.steps}")
-        chord = compressed(chord, self._ranks, partial(self._fitter.second_stage, chord), self.settings.sketch_dim)
+        chord = self._fitter.closed(chord)
         for optimizer in self._optimizers:
             optimizer.end_chord()
         self._chord.follow(self.steps)

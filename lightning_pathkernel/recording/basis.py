@@ -79,7 +79,6 @@ def fit_basis(
     preconditioner: Tensors,
     direction: Tensors,
     shapes: Mapping[str, torch.Size],
-    sketch_dim: int,
     settings: SketchSettings,
     generator: torch.Generator,
     ranks: Ranks,
@@ -96,7 +95,6 @@ def fit_basis(
             empty for the identity.
         direction: Where the optimiser is moving: its momentum, or the gradient, with the parameters' shapes.
         shapes: Every trainable parameter's shape.
-        sketch_dim: Numbers kept in the end.
         settings: Kind and sizes.
         generator: Private source of randomness, on the CPU.
         ranks: The processes whose samples are put together.
@@ -117,7 +115,7 @@ def fit_basis(
             riding[name] = weight
     owners = {name: both for name, both in sides.items() if name not in riding}
     riders = Counter(riding.values())
-    found = fit_sketches(owners, riders, sketch_dim, settings, generator)
+    found = fit_sketches(owners, riders, settings, generator)
     for name, scale in scales.items():
         if scale is not None and name in found:
             found[name] = found[name].scaled(*scale)

@@ -38,8 +38,9 @@ class SketchSettings:
         width: Rows of a thin factor: each parameter keeps at most ``width x width`` numbers per example.
         features: Features of the first stage that are shared out over the parameters at least, by energy; None gives
             every parameter ``width x width``. Only balanced sketches of networks with probes can be shared out.
-        oversampling: Features of the first stage at most, relative to the greater of ``features`` and ``sketch_dim``.
-        loss: Share of the energy that the first stage may miss, once ``features`` are given out.
+        most: Features of the first stage at most.
+        tolerance: Share of a chord's displacement, as probes see it, that the first stage may lose: the next chord gets
+            more features where it has lost more, and fewer where less.
         ridge: Regularisation of the balanced fit of the first stage.
         second_ridge: Regularisation of the balanced fit of the second stage.
     """
@@ -47,11 +48,11 @@ class SketchSettings:
     kind: str = "balanced"
     width: int = 16
     features: int | None = 256
-    oversampling: float = 4.0
-    loss: float = 1e-2
+    most: int = 4096
+    tolerance: float = 0.03
     ridge: float = 0.03
     second_ridge: float = 0.1
-    direction: float = 1.0
+    direction: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -143,15 +144,13 @@ Sides = tuple[SideMoments, SideMoments]
 
 
 def fit_sketches(
-    sides: Mapping[str, Sides], riders: Mapping[str, int], sketch_dim: int, settings: SketchSettings,
-    generator: torch.Generator,
-) -> dict[str, KroneckerSketch]:  # fmt: skip
+    sides: Mapping[str, Sides], riders: Mapping[str, int], settings: SketchSettings, generator: torch.Generator
+) -> dict[str, KroneckerSketch]:
     """Choose the factors of several parameters, features shared out by energy where the settings say so.
 
     Args:
         sides: Parameter -> samples of its rows and of its columns.
         riders: Parameter -> further parameters that share its left factor.
-        sketch_dim: Numbers kept in the end.
         settings: Kind and sizes.
         generator: Private source of randomness, on the CPU.
 
@@ -169,8 +168,7 @@ def fit_sketches(
     energies = [
         SideEnergies(left.energies, right.energies, riders.get(name, 0)) for name, (left, right) in fits.items()
     ]
-    least = max(settings.features, sketch_dim)
-    shares = share_out(energies, least, int(settings.oversampling * least), settings.loss)
+    shares = share_out(energies, settings.features)
     return {
         name: _cut(fits[name], widths, tuple(side.train.shape[1] for side in sides[name]))
         for name, widths in zip(sides, shares, strict=True)

@@ -45,14 +45,6 @@ class _Widths:
         """Features that one more direction of a side brings."""
         return self.at[0] if side else self.at[1] + self._energies.riders
 
-    @property
-    def kept(self) -> float:
-        return self._sums[0] * self._sums[1]
-
-    @property
-    def total(self) -> float:
-        return sum(self._energies.left) * sum(self._energies.right)
-
     def offers(self) -> list[tuple[float, int]]:
         """Energy gained per feature by one more direction of each side that has one left, and the side."""
         found = []
@@ -68,33 +60,28 @@ class _Widths:
         self.at[side] += 1
 
 
-def share_out(parameters: Sequence[SideEnergies], least: int, most: int, loss: float) -> list[tuple[int, int]]:
+def share_out(parameters: Sequence[SideEnergies], features: int) -> list[tuple[int, int]]:
     """Widths of all parameters' sides, the direction with most energy per feature first.
 
     Args:
         parameters: Their energies; every parameter keeps one direction of each side at least.
-        least: Features in all that are given out whatever they bring.
-        most: Features in all that are given out while more energy is missing than may be.
-        loss: Share of the energy that may be missing.
+        features: Features in all that are given out.
 
     Returns:
         For each parameter ``(directions of the rows, directions of the columns)``.
     """
     widths = [_Widths(energies) for energies in parameters]
     cost = sum(each.cost for each in widths)
-    missing = sum(each.total - each.kept for each in widths)
-    allowed = loss * sum(each.total for each in widths)
     heap = [(-gain, index, side, tuple(each.at)) for index, each in enumerate(widths) for gain, side in each.offers()]
     heapq.heapify(heap)
     while heap:
         _, index, side, at = heapq.heappop(heap)
         each = widths[index]
         # stale where the other side has grown since; one that does not fit may leave room for another
-        if at != tuple(each.at) or cost + each.price(side) > (most if missing > allowed else least):
+        if at != tuple(each.at) or cost + each.price(side) > features:
             continue
-        cost, missing = cost + each.price(side), missing + each.kept
+        cost += each.price(side)
         each.widen(side)
-        missing -= each.kept
         for gain, other in each.offers():
             heapq.heappush(heap, (-gain, index, other, tuple(each.at)))
     return [(each.at[0], each.at[1]) for each in widths]
