@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_pathkernel.chord_io import chord_name, chord_parameters, merged_chord, write_chord
+from lightning_pathkernel.chord_io import chord_name, merged_chord
 from lightning_pathkernel.fingerprint import CONSTANTS, constants, describe_module
+from lightning_pathkernel.packed_io import Node, write_packed
 from lightning_pathkernel.store import (
     FORMAT,
     FORMAT_VERSION,
@@ -122,14 +123,15 @@ class KernelMachineExporter:
     def _stage(self, staged: Path) -> None:
         staged.mkdir()
         ranks = int(self.facts.get("ranks", 1))
-        for index, name in enumerate(self.chords):
-            if ranks > 1:
-                write_chord(staged, merged_chord(self.directory, index, ranks))
-            else:
-                _place(self.directory / name, staged / name)
+        node: Node | None = None
+        learning: list[str] = []
+        for index in range(len(self.chords)):
+            chord = merged_chord(self.directory, index, ranks)
+            learning = list(chord.start)
+            node = write_packed(staged, chord, node, last=index == len(self.chords) - 1)
         module: dict[str, Any] = self.facts["module"]
         thawed: list[str] = []
-        for name in chord_parameters(staged / self.chords[-1]):
+        for name in learning:
             if not module["parameters"][name]["trainable"]:
                 thawed.append(name)
                 module["parameters"][name]["trainable"] = True

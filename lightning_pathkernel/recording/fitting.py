@@ -13,7 +13,7 @@ from lightning_pathkernel.network import Network, Tensors
 from lightning_pathkernel.recording.basis import fit_basis, probe_gradients, query_features, random_cotangent
 from lightning_pathkernel.recording.ranks import Ranks
 from lightning_pathkernel.recording.settings import RecorderSettings
-from lightning_pathkernel.sketch import KroneckerSketch, fit_second_stage
+from lightning_pathkernel.sketch import KroneckerSketch, fit_second_stage, rounded_sketches, rounded_stage
 
 __all__ = ["SketchFitter", "check_ranks"]
 
@@ -49,7 +49,7 @@ class SketchFitter:
             direction: Where the optimiser is moving.
 
         Returns:
-            Parameter -> sketch.
+            Parameter -> sketch, its query side rounded to what an artifact stores.
         """
         train: dict[str, Sequence[PerExampleGradient]] = {}
         for batch in reversed(held):
@@ -58,17 +58,19 @@ class SketchFitter:
         if self._probes is not None:
             probes = probe_gradients(self._network, self._probes, random_cotangent(self._generator))
         shapes = {name: p.shape for name, p in parameters.items()}
-        return fit_basis(
+        sketches = fit_basis(
             train, probes, preconditioner, direction, shapes, self._settings.sketch_dim, self._settings.sketch,
             self._generator, self._ranks,
         )  # fmt: skip
+        return rounded_sketches(sketches)
 
     def second_stage(self, chord: Chord, rows: Tensor, total: Tensor) -> tuple[Tensor, Tensor] | None:
         """Maps that bring all rows ``[V, F]`` of a chord, ``total`` their sum, down to ``sketch_dim``, or None."""
         settings, query = self._settings, None
         if self._probes is not None:
             query = query_features(self._network, self._probes, chord, settings.rule, self._generator)
-        return fit_second_stage(rows, query, total, settings.sketch_dim, settings.sketch, self._generator)
+        maps = fit_second_stage(rows, query, total, settings.sketch_dim, settings.sketch, self._generator)
+        return None if maps is None else rounded_stage(*maps)
 
 
 def check_ranks(held: Held, unfitted: Sequence[str], ranks: Ranks, like: Tensor) -> None:

@@ -1,0 +1,158 @@
+"""Formats of numbers in an artifact: what rounds them, and what reads them back.
+
+Only float32 is packed; tensors of other types, and those with numbers that are not finite, are stored as they are.
+Every format stores its codes under the tensor's own name, and scales beside them in a group of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_pathkernel.network import Tensors
+from lightning_pathkernel.sketch import from_grid, to_grid
+
+__all__ = ["BLOCK", "Groups", "pack_blocks", "pack_integers", "pack_logarithms", "pack_rows", "unpack", "unpack_rows"]
+
+Groups = dict[str, dict[str, Tensor]]
+"""Group -> name -> tensor, as in a file of the store."""
+BLOCK = 64
+"""Numbers that share a scale."""
+_HALF_TOP = 2.0**15
+_STEPS = 254
+
+
+def _packable(value: Tensor) -> bool:
+    return value.dtype is torch.float32 and bool(value.isfinite().all())
+
+
+def _exponent_count(numbers: int) -> int:
+    return -(-numbers // BLOCK)
+
+
+def pack_blocks(kind: str, values: Tensors, groups: Groups) -> None:
+    """Eight bits per number, whole multiples of a power of two that `BLOCK` numbers share.
+
+    Args:
+        kind: Group that the tensors belong to.
+        values: Name -> tensor.
+        groups: Filled in: ``kind`` and ``kind.exponents``.
+    """
+    for name, value in values.items():
+        if not _packable(value):
+            groups.setdefault(kind, {})[name] = value
+            continue
+        flat = value.detach().flatten()
+        filled = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK))
+        multiples, exponents = to_grid(filled.reshape(-1, BLOCK).T)
+        groups.setdefault(kind, {})[name] = multiples.T.flatten()[: len(flat)].reshape(value.shape)
+        groups.setdefault(f"{kind}.exponents", {})[name] = exponents
+
+
+def pack_logarithms(kind: str, values: Tensors, groups: Groups) -> None:
+    """Eight bits per number that is 0 or more: 0, or one of 255 even steps in the logarithm.
+
+    Args:
+        kind: Group that the tensors belong to.
+        values: Name -> tensor.
+        groups: Filled in: ``kind`` and ``kind.scale``, logarithm to base 2 of the least number above 0, and the step.
+    """
+    for name, value in values.items():
+        positive = value > 0
+        if not _packable(value) or bool((value < 0).any()) or not bool(positive.any()):
+            groups.setdefault(kind, {})[name] = value
+            continue
+        logarithms = value.double().clamp_min(2.0**-149).log2()
+        least, greatest = (float(f(logarithms[positive])) for f in (torch.min, torch.max))
+        scale = torch.tensor([least, (greatest - least) / _STEPS], dtype=torch.float32)
+        steps = (logarithms - scale[0].double()) / scale[1].double().clamp_min(1e-30)
+        codes = torch.where(positive, steps.round().clamp(0, _STEPS) + 1, torch.zeros_like(steps))
+        groups.setdefault(kind, {})[name] = codes.to(torch.uint8)
+        groups.setdefault(f"{kind}.scale", {})[name] = scale
+
+
+def unpack(kind: str, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What `pack_blocks` and `pack_logarithms` packed, or tensors stored as they were.
+
+    Args:
+        kind: Their group.
+        groups: A file's groups.
+
+    Returns:
+        Name -> tensor.
+
+    Raises:
+        ValueError: If codes and scales do not fit together.
+    """
+    exponents, scales = groups.get(f"{kind}.exponents", {}), groups.get(f"{kind}.scale", {})
+    values = groups.get(kind, {})
+    if not (exponents.keys() | scales.keys()) <= values.keys() or exponents.keys() & scales.keys():
+        raise ValueError(f"scales of {kind} for no codes")
+    out = {}
+    for name, value in values.items():
+        if name in exponents:
+            out[name] = _from_blocks(kind, name, value, exponents[name])
+        elif name in scales:
+            out[name] = _from_logarithms(kind, name, value, scales[name])
+        else:
+            out[name] = value
+    return out
+
+
+def _from_blocks(kind: str, name: str, codes: Tensor, exponents: Tensor) -> Tensor:
+    count = _exponent_count(codes.numel())
+    if codes.dtype is not torch.int8 or exponents.dtype is not torch.int8 or exponents.shape != (count,):
+        raise ValueError(f"{kind} of {name!r}: {codes.dtype} with exponents {tuple(exponents.shape)} {exponents.dtype}")
+    each = exponents.repeat_interleave(BLOCK)[: codes.numel()]
+    return from_grid(codes.reshape(1, -1), each).reshape(codes.shape)
+
+
+def _from_logarithms(kind: str, name: str, codes: Tensor, scale: Tensor) -> Tensor:
+    if codes.dtype is not torch.uint8 or scale.dtype is not torch.float32 or scale.shape != (2,):
+        raise ValueError(f"{kind} of {name!r}: {codes.dtype} with a scale {tuple(scale.shape)} {scale.dtype}")
+    least, step = (float(x) for x in scale)
+    values = torch.exp2(least + (codes.double() - 1) * step)
+    return torch.where(codes == 0, torch.zeros_like(values), values).float()
+
+
+def pack_rows(rows: Tensor) -> dict[str, Tensor]:
+    """Rows ``[V, k]`` as float16 under a power of two per column, so that none overflows and no column is subnormal.
+
+    Returns:
+        ``rows``, and ``exponents`` ``[k]`` where they are packed.
+    """
+    if not _packable(rows):
+        return {"rows": rows}
+    largest = rows.abs().amax(0).double() if len(rows) else rows.new_zeros(rows.shape[1]).double()
+    exponents = torch.ceil(torch.log2(largest.clamp_min(1e-300) / _HALF_TOP)).clamp(-126, 113)
+    return {"rows": (rows.double() / torch.exp2(exponents)).half(), "exponents": exponents.to(torch.int8)}
+
+
+def unpack_rows(stored: Mapping[str, Tensor]) -> Tensor:
+    """Rows as `pack_rows` stored them.
+
+    Args:
+        stored: ``rows`` and, where they are packed, ``exponents``.
+
+    Returns:
+        The rows, ``[V, k]``.
+
+    Raises:
+        ValueError: If codes and exponents do not fit together.
+    """
+    rows, exponents = stored["rows"], stored.get("exponents")
+    if exponents is None:
+        return rows
+    if rows.dtype is not torch.float16 or rows.dim() != 2 or exponents.dtype is not torch.int8:
+        raise ValueError(f"rows {tuple(rows.shape)} of {rows.dtype} with exponents of {exponents.dtype}")
+    if exponents.shape != rows.shape[1:]:
+        raise ValueError(f"rows of {tuple(rows.shape)} with {tuple(exponents.shape)} exponents")
+    return (rows.double() * torch.exp2(exponents.double())).float()
+
+
+def pack_integers(values: Tensor) -> Tensor:
+    """Integers in 32 bits where they all fit."""
+    fits = not len(values) or (int(values.min()) >= -(2**31) and int(values.max()) < 2**31)
+    return values.to(torch.int32) if fits else values
