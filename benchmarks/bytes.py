@@ -1,6 +1,6 @@
-"""Bytes of an artifact by kind, beside those of storing every step's weights, and what storing them costs in fidelity.
+"""Bytes of an artifact by kind, beside those of storing every step's weights, and what rounding costs in fidelity.
 
-Trains a small CNN on Fashion-MNIST with AdamW, exports it, and compares the machine as loaded with the machine as it was
+Trains a small CNN on Fashion-MNIST with AdamW, exports it, and compares the machine as loaded with the machine as
 recorded. Needs the images, for example of Debian's package dataset-fashion-mnist, in the directory given.
 """
 
@@ -120,12 +120,15 @@ def report(run: Run, recording: Path, artifact: Path, sketch_dim: int) -> list[s
         lines.append(f"| {kind} | {before[kind]:,} | {after[kind]:,} | {after[kind] / whole:.2%} |")
     visits = [sum(found[kind] for kind in VISITS) for found in (before, after)]
     rest = [sum(found.values()) - v for found, v in zip((before, after), visits, strict=True)]
-    lines.append(f"bytes per visit: {visits[0] / run.visits:.1f} recorded, {visits[1] / run.visits:.1f} in the artifact"
-                 f" (at most {2 * sketch_dim + 16})")  # fmt: skip
-    return [
-        *lines,
-        f"all else: {rest[0] / whole:.2%} recorded, {rest[1] / whole:.2%} in the artifact of {whole:,} bytes",
-    ]
+    rows = sum(len(chord.example_ids) for chord in run.chords)
+    each = [v / run.visits for v in visits]
+    lines.append(f"{rows:,} rows for {run.visits:,} visits (momentum carries visits into the next chord)")
+    lines.append(
+        f"bytes per visit, at most {2 * sketch_dim + 16}: {each[0]:.1f} recorded, {each[1]:.1f} in the artifact"
+    )
+    shares = [r / whole for r in rest]
+    lines.append(f"all else, of {whole:,} bytes: {shares[0]:.2%} recorded, {shares[1]:.2%} in the artifact")
+    return lines
 
 
 def main() -> None:
@@ -139,6 +142,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=6000)
     parser.add_argument("--queries", type=int, default=256)
     parser.add_argument("--explained", type=int, default=16, help="queries whose contributions are compared")
+    parser.add_argument("--row-bits", type=int, choices=(8, 16), default=8)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -148,7 +152,7 @@ def main() -> None:
         recording, artifact = Path(folder) / "recording", Path(folder) / "machine"
         run = train(options.model, options.seed, options.nodes, options.sketch_dim, options.epochs, data,
                     unseen[:PROBES], recording)  # fmt: skip
-        KernelMachineExporter(recording).export(artifact)
+        KernelMachineExporter(recording).export(artifact, options.row_bits)
         features = sorted({sum(s.features for s in chord.sketches.values()) for chord in run.chords})
         print(f"{options}: {run.steps} steps, {len(run.chords)} chords, first stage {features}")
         print("\n".join(report(run, recording, artifact, options.sketch_dim)), flush=True)

@@ -90,11 +90,13 @@ class KernelMachineExporter:
             raise ArtifactError(f"{self.directory}: {min(set(expected) - set(found))} is missing from the recording")
         return found
 
-    def export(self, out_dir: str | Path) -> Path:
+    def export(self, out_dir: str | Path, row_bits: int = 8) -> Path:
         """Write the artifact.
 
         Args:
             out_dir: Where it is to be; it must not exist or be an empty directory.
+            row_bits: Bits of each number kept of an example: 8, or 16 for twice the bytes and a rounding that is a
+                tenth of it (docs/benchmarks.md). A run in double precision keeps all of its numbers as they are.
 
         Returns:
             ``out_dir``.
@@ -102,7 +104,10 @@ class KernelMachineExporter:
         Raises:
             ArtifactError: If the recording is incomplete.
             FileExistsError: If there is something at ``out_dir``; nothing is overwritten.
+            ValueError: If ``row_bits`` is neither 8 nor 16.
         """
+        if row_bits not in (8, 16):
+            raise ValueError(f"row_bits must be 8 or 16, found {row_bits}")
         if not (self.directory / CONSTANTS).is_file():
             raise ArtifactError(f"{self.directory}: {CONSTANTS} is missing from the recording")
         out = Path(out_dir)
@@ -111,7 +116,7 @@ class KernelMachineExporter:
         out.parent.mkdir(parents=True, exist_ok=True)
         staged = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
         try:
-            self._stage(staged)
+            self._stage(staged, row_bits)
             if out.exists():
                 out.rmdir()
             staged.rename(out)
@@ -120,7 +125,7 @@ class KernelMachineExporter:
         fsync_directory(out.parent)
         return out
 
-    def _stage(self, staged: Path) -> None:
+    def _stage(self, staged: Path, row_bits: int) -> None:
         staged.mkdir()
         ranks = int(self.facts.get("ranks", 1))
         node: Node | None = None
@@ -128,7 +133,7 @@ class KernelMachineExporter:
         for index in range(len(self.chords)):
             chord = merged_chord(self.directory, index, ranks)
             learning = list(chord.start)
-            node = write_packed(staged, chord, node, last=index == len(self.chords) - 1)
+            node = write_packed(staged, chord, node, index == len(self.chords) - 1, row_bits)
         module: dict[str, Any] = self.facts["module"]
         thawed: list[str] = []
         for name in learning:

@@ -5,7 +5,8 @@ A recording holds every number as it was; an artifact holds what questions to a 
 - nodes: the first one as it is, then each chord's displacement in eight bits, taken from the node that the rounded
   displacements before it lead to, so that rounding never adds up; the last node as it is, so that the network that the
   machine stands for is the one that was trained, to the last bit;
-- rows in float16, the preconditioner in eight bits of its logarithm, decay and residual in eight bits;
+- rows in eight bits, rounded so that their sum stays (or in float16), the preconditioner in eight bits of its
+  logarithm, decay and residual in eight bits;
 - the query side of both stages of the sketch, which the recorder has rounded to eight bits already (`sketch.rounding`).
 
 The machine's ledger is taken along the path as stored, with the numbers as stored: what rounding costs is in its
@@ -47,7 +48,7 @@ class Node:
     buffers: dict[str, Tensor]
 
 
-def write_packed(directory: Path, chord: Chord, before: Node | None, last: bool) -> Node:
+def write_packed(directory: Path, chord: Chord, before: Node | None, last: bool, row_bits: int = 8) -> Node:
     """Publish a chord as part of an artifact; nothing is overwritten.
 
     Args:
@@ -55,6 +56,7 @@ def write_packed(directory: Path, chord: Chord, before: Node | None, last: bool)
         chord: What.
         before: The node at which it begins, as `write_packed` of the chord before returned it; None for the first one.
         last: Whether the path ends with it.
+        row_bits: Bits of a row's number, 8 or 16.
 
     Returns:
         The node at which it ends.
@@ -77,7 +79,7 @@ def write_packed(directory: Path, chord: Chord, before: Node | None, last: bool)
         pack_blocks(kind, {n: v for n, v in getattr(chord, kind).items() if bool(v.any())}, groups)
     _pack_sketches(chord, groups)
     groups["rows"] = {
-        "example_ids": pack_integers(chord.example_ids), "self_inner": chord.self_inner, **pack_rows(chord.rows),
+        "example_ids": pack_integers(chord.example_ids), "self_inner": chord.self_inner, **pack_rows(chord.rows, row_bits),
         **_packed_stage(chord.second_stage),
     }  # fmt: skip
     if chord.names:

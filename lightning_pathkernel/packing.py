@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -117,17 +118,42 @@ def _from_logarithms(kind: str, name: str, codes: Tensor, scale: Tensor) -> Tens
     return torch.where(codes == 0, torch.zeros_like(values), values).float()
 
 
-def pack_rows(rows: Tensor) -> dict[str, Tensor]:
-    """Rows ``[V, k]`` as float16 under a power of two per column, so that none overflows and no column is subnormal.
+def pack_rows(rows: Tensor, bits: int) -> dict[str, Tensor]:
+    """Rows ``[V, k]`` in 8 or 16 bits per number.
+
+    In 16, float16 under a power of two per column, so that none overflows and no column is subnormal. In 8, whole
+    multiples of a power of two per row. Rows mostly cancel in their sum, where the rounding of thousands would add up:
+    each one therefore takes over, column by column, what rounding left of those before it, from the smallest row to the
+    largest. What is lost of the sum is half a step of the largest row.
+
+    Args:
+        rows: The rows.
+        bits: 8 or 16.
 
     Returns:
-        ``rows``, and ``exponents`` ``[k]`` where they are packed.
+        ``rows``, and where they are packed ``exponents``: ``[k]`` of float16, ``[V]`` of int8.
     """
     if not _packable(rows):
         return {"rows": rows}
-    largest = rows.abs().amax(0).double() if len(rows) else rows.new_zeros(rows.shape[1]).double()
-    exponents = torch.ceil(torch.log2(largest.clamp_min(1e-300) / _HALF_TOP)).clamp(-126, 113)
-    return {"rows": (rows.double() / torch.exp2(exponents)).half(), "exponents": exponents.to(torch.int8)}
+    side = rows if bits == 16 else rows.T
+    largest = side.abs().amax(0).double() if side.numel() else side.new_zeros(side.shape[1]).double()
+    top = _HALF_TOP if bits == 16 else 127.0
+    exponents = torch.ceil(torch.log2(largest.clamp_min(1e-300) / top)).clamp(-126, 113)
+    if bits == 16:
+        return {"rows": (rows.double() / torch.exp2(exponents)).half(), "exponents": exponents.to(torch.int8)}
+    return {"rows": _rounded_in_turn(rows, torch.exp2(exponents)), "exponents": exponents.to(torch.int8)}
+
+
+def _rounded_in_turn(rows: Tensor, steps: Tensor) -> Tensor:
+    values, step = rows.cpu().double().numpy(), steps.cpu().numpy()
+    out = np.empty(values.shape, dtype=np.int8)
+    left = np.zeros(values.shape[1])
+    for i in np.argsort(step, kind="stable"):
+        wanted = values[i] + left
+        multiples = np.clip(np.rint(wanted / step[i]), -127, 127)
+        left = wanted - multiples * step[i]
+        out[i] = multiples
+    return torch.from_numpy(out)
 
 
 def unpack_rows(stored: Mapping[str, Tensor]) -> Tensor:
@@ -145,11 +171,13 @@ def unpack_rows(stored: Mapping[str, Tensor]) -> Tensor:
     rows, exponents = stored["rows"], stored.get("exponents")
     if exponents is None:
         return rows
-    if rows.dtype is not torch.float16 or rows.dim() != 2 or exponents.dtype is not torch.int8:
+    half = rows.dtype is torch.float16
+    if rows.dtype not in (torch.float16, torch.int8) or rows.dim() != 2 or exponents.dtype is not torch.int8:
         raise ValueError(f"rows {tuple(rows.shape)} of {rows.dtype} with exponents of {exponents.dtype}")
-    if exponents.shape != rows.shape[1:]:
-        raise ValueError(f"rows of {tuple(rows.shape)} with {tuple(exponents.shape)} exponents")
-    return (rows.double() * torch.exp2(exponents.double())).float()
+    if exponents.shape != rows.shape[int(half) :][:1]:
+        raise ValueError(f"rows {tuple(rows.shape)} of {rows.dtype} with {tuple(exponents.shape)} exponents")
+    scale = torch.exp2(exponents.double())
+    return (rows.double() * (scale if half else scale.unsqueeze(1))).float()
 
 
 def pack_integers(values: Tensor) -> Tensor:
