@@ -163,8 +163,8 @@ def check_chord(chord: Chord) -> None:
     features = sum(_checked(name, sketch).features for name, sketch in chord.sketches.items())
     stage, ids = chord.second_stage, chord.example_ids
     width = features if stage is None else int(stage.shape[0])
-    if stage is not None and (stage.dim() != 2 or stage.shape[1] != features):
-        raise ValueError(f"second stage of {tuple(stage.shape)} for {features} features")
+    if stage is not None and (stage.dim() != 2 or stage.shape[1] != features or not stage.is_floating_point()):
+        raise ValueError(f"second stage of {tuple(stage.shape)} {stage.dtype} for {features} features")
     if ids.dim() != 1 or ids.dtype != torch.long or chord.self_inner.shape != ids.shape:
         raise ValueError(
             f"example ids {tuple(ids.shape)} of {ids.dtype}, {tuple(chord.self_inner.shape)} inner products"
@@ -191,6 +191,8 @@ def _check_like(kind: str, values: Tensors, like: Tensors) -> None:
 
 def _checked(name: str, sketch: KroneckerSketch) -> KroneckerSketch:
     for d, factor in ((sketch.rows, sketch.query_left), (sketch.columns, sketch.query_right)):
-        if factor is not None and (factor.dim() != 2 or factor.shape[1] != d or d < 1):
-            raise ValueError(f"factor of {name!r} of shape {tuple(factor.shape)} for a dimension of {d}")
+        if factor is None:
+            continue
+        if factor.dim() != 2 or factor.shape[1] != d or d < 1 or not factor.is_floating_point():
+            raise ValueError(f"factor of {name!r} of {tuple(factor.shape)} {factor.dtype} for a dimension of {d}")
     return sketch

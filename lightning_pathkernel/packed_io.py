@@ -79,8 +79,8 @@ def write_packed(directory: Path, chord: Chord, before: Node | None, last: bool,
         pack_blocks(kind, {n: v for n, v in getattr(chord, kind).items() if bool(v.any())}, groups)
     _pack_sketches(chord, groups)
     groups["rows"] = {
-        "example_ids": pack_integers(chord.example_ids), "self_inner": chord.self_inner, **pack_rows(chord.rows, row_bits),
-        **_packed_stage(chord.second_stage),
+        "example_ids": pack_integers(chord.example_ids), "self_inner": chord.self_inner,
+        **pack_rows(chord.rows, row_bits), **_packed_stage(chord.second_stage),
     }  # fmt: skip
     if chord.names:
         groups["names"] = {"utf8": encode_names(chord.names)}

@@ -119,29 +119,30 @@ def _from_logarithms(kind: str, name: str, codes: Tensor, scale: Tensor) -> Tens
 
 
 def pack_rows(rows: Tensor, bits: int) -> dict[str, Tensor]:
-    """Rows ``[V, k]`` in 8 or 16 bits per number.
+    """Rows ``[V, k]`` in 8 or 16 bits per number, their sum as it is.
 
     In 16, float16 under a power of two per column, so that none overflows and no column is subnormal. In 8, whole
     multiples of a power of two per row. Rows mostly cancel in their sum, where the rounding of thousands would add up:
-    each one therefore takes over, column by column, what rounding left of those before it, from the smallest row to the
-    largest. What is lost of the sum is half a step of the largest row.
+    with 8 bits each one therefore takes over, column by column, what rounding left of those before it, from the
+    smallest row to the largest. What is left in the end is stored in float32 and belongs to the largest row.
 
     Args:
         rows: The rows.
         bits: 8 or 16.
 
     Returns:
-        ``rows``, and where they are packed ``exponents``: ``[k]`` of float16, ``[V]`` of int8.
+        ``rows``, and where they are packed ``exponents``, ``[k]`` of float16 and ``[V]`` of int8, and ``rest`` ``[k]``.
     """
-    if not _packable(rows):
+    if not _packable(rows) or not rows.numel():
         return {"rows": rows}
-    side = rows if bits == 16 else rows.T
-    largest = side.abs().amax(0).double() if side.numel() else side.new_zeros(side.shape[1]).double()
+    largest = (rows if bits == 16 else rows.T).abs().amax(0).double()
     top = _HALF_TOP if bits == 16 else 127.0
     exponents = torch.ceil(torch.log2(largest.clamp_min(1e-300) / top)).clamp(-126, 113)
-    if bits == 16:
-        return {"rows": (rows.double() / torch.exp2(exponents)).half(), "exponents": exponents.to(torch.int8)}
-    return {"rows": _rounded_in_turn(rows, torch.exp2(exponents)), "exponents": exponents.to(torch.int8)}
+    scale = torch.exp2(exponents)
+    codes = (rows.double() / scale).half() if bits == 16 else _rounded_in_turn(rows, scale)
+    stored = {"rows": codes, "exponents": exponents.to(torch.int8), "rest": rows.new_zeros(rows.shape[1])}
+    stored["rest"] = (rows.double().sum(0) - unpack_rows(stored).double().sum(0).to(rows.device)).float()
+    return stored
 
 
 def _rounded_in_turn(rows: Tensor, steps: Tensor) -> Tensor:
@@ -153,14 +154,14 @@ def _rounded_in_turn(rows: Tensor, steps: Tensor) -> Tensor:
         multiples = np.clip(np.rint(wanted / step[i]), -127, 127)
         left = wanted - multiples * step[i]
         out[i] = multiples
-    return torch.from_numpy(out)
+    return torch.from_numpy(out).to(rows.device)
 
 
 def unpack_rows(stored: Mapping[str, Tensor]) -> Tensor:
     """Rows as `pack_rows` stored them.
 
     Args:
-        stored: ``rows`` and, where they are packed, ``exponents``.
+        stored: ``rows`` and, where they are packed, ``exponents`` and ``rest``.
 
     Returns:
         The rows, ``[V, k]``.
@@ -170,14 +171,21 @@ def unpack_rows(stored: Mapping[str, Tensor]) -> Tensor:
     """
     rows, exponents = stored["rows"], stored.get("exponents")
     if exponents is None:
+        if not rows.is_floating_point():
+            raise ValueError(f"rows of {rows.dtype} without exponents")
         return rows
     half = rows.dtype is torch.float16
     if rows.dtype not in (torch.float16, torch.int8) or rows.dim() != 2 or exponents.dtype is not torch.int8:
         raise ValueError(f"rows {tuple(rows.shape)} of {rows.dtype} with exponents of {exponents.dtype}")
     if exponents.shape != rows.shape[int(half) :][:1]:
         raise ValueError(f"rows {tuple(rows.shape)} of {rows.dtype} with {tuple(exponents.shape)} exponents")
+    rest = stored["rest"]
+    if rest.dtype is not torch.float32 or rest.shape != rows.shape[1:] or not rows.numel():
+        raise ValueError(f"rows of {tuple(rows.shape)} with a rest {tuple(rest.shape)} of {rest.dtype}")
     scale = torch.exp2(exponents.double())
-    return (rows.double() * (scale if half else scale.unsqueeze(1))).float()
+    out = rows.double() * (scale if half else scale.unsqueeze(1))
+    out[int(out.abs().amax(1).argmax())] += rest.double()
+    return out.float()
 
 
 def pack_integers(values: Tensor) -> Tensor:
