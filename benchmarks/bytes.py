@@ -31,7 +31,7 @@ from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
 
 BATCH, PROBES = 64, 256
 MODELS: dict[str, Callable[[], nn.Module]] = {"cnn 16-32": lambda: NETWORKS["cnn"]()[0], "cnn 8-16": cnn}
-VISITS = ("rows/rows", "rows/example_ids", "rows/self_inner", "rows/exponents", "rows/rest")
+VISITS = ("rows/rows", "rows/example_ids", "rows/self_inner", "rows/exponents", "rows/rest", "rows/row_exponents")
 
 
 @dataclass

@@ -122,31 +122,39 @@ def pack_rows(rows: Tensor, bits: int) -> dict[str, Tensor]:
     """Rows ``[V, k]`` in 8 or 16 bits per number, their sum as it is.
 
     In 16, float16 under a power of two per column, so that none overflows and no column is subnormal. In 8, whole
-    multiples of a power of two per row. Rows mostly cancel in their sum, where the rounding of thousands would add up:
-    with 8 bits each one therefore takes over, column by column, what rounding left of those before it, from the
-    smallest row to the largest. What is left in the end is stored in float32 and belongs to the largest row.
+    multiples of a power of two per row, over another one per column. Rows mostly cancel in their sum, where the
+    rounding of thousands would add up: with 8 bits each one therefore takes over, column by column, what rounding left
+    of those before it, from the smallest row to the largest. What is left in the end is stored in float32 and belongs
+    to the largest row.
 
     Args:
         rows: The rows.
         bits: 8 or 16.
 
     Returns:
-        ``rows``, and where they are packed ``exponents``, ``[k]`` of float16 and ``[V]`` of int8, and ``rest`` ``[k]``.
+        ``rows``; where they are packed ``exponents`` and ``rest``, ``[k]`` each, and with 8 bits ``row_exponents [V]``.
     """
     if not _packable(rows) or not rows.numel():
         return {"rows": rows}
-    largest = (rows if bits == 16 else rows.T).abs().amax(0).double()
-    top = _HALF_TOP if bits == 16 else 127.0
-    exponents = torch.ceil(torch.log2(largest.clamp_min(1e-300) / top)).clamp(-126, 113)
-    scale = torch.exp2(exponents)
-    codes = (rows.double() / scale).half() if bits == 16 else _rounded_in_turn(rows, scale)
-    stored = {"rows": codes, "exponents": exponents.to(torch.int8), "rest": rows.new_zeros(rows.shape[1])}
-    stored["rest"] = (rows.double().sum(0) - unpack_rows(stored).double().sum(0).to(rows.device)).float()
+    values = rows.double()
+    columns = _exponents(values.abs().amax(0), _HALF_TOP) if bits == 16 else _exponents(values.square().mean(0).sqrt())
+    scaled = values / torch.exp2(columns)
+    stored = {"exponents": columns.to(torch.int8), "rest": rows.new_zeros(rows.shape[1])}
+    if bits == 16:
+        stored["rows"] = scaled.half()
+    else:
+        each = _exponents(scaled.abs().amax(1), 127.0)
+        stored["rows"], stored["row_exponents"] = _rounded_in_turn(scaled, torch.exp2(each)), each.to(torch.int8)
+    stored["rest"] = (values.sum(0) - unpack_rows(stored).double().sum(0)).float()
     return stored
 
 
+def _exponents(largest: Tensor, top: float = 1.0) -> Tensor:
+    return torch.ceil(torch.log2(largest.clamp_min(1e-300) / top)).clamp(-126, 113)
+
+
 def _rounded_in_turn(rows: Tensor, steps: Tensor) -> Tensor:
-    values, step = rows.cpu().double().numpy(), steps.cpu().numpy()
+    values, step = rows.cpu().numpy(), steps.cpu().numpy()
     out = np.empty(values.shape, dtype=np.int8)
     left = np.zeros(values.shape[1])
     for i in np.argsort(step, kind="stable"):
@@ -174,16 +182,20 @@ def unpack_rows(stored: Mapping[str, Tensor]) -> Tensor:
         if not rows.is_floating_point():
             raise ValueError(f"rows of {rows.dtype} without exponents")
         return rows
-    half = rows.dtype is torch.float16
-    if rows.dtype not in (torch.float16, torch.int8) or rows.dim() != 2 or exponents.dtype is not torch.int8:
-        raise ValueError(f"rows {tuple(rows.shape)} of {rows.dtype} with exponents of {exponents.dtype}")
-    if exponents.shape != rows.shape[int(half) :][:1]:
-        raise ValueError(f"rows {tuple(rows.shape)} of {rows.dtype} with {tuple(exponents.shape)} exponents")
-    rest = stored["rest"]
-    if rest.dtype is not torch.float32 or rest.shape != rows.shape[1:] or not rows.numel():
-        raise ValueError(f"rows of {tuple(rows.shape)} with a rest {tuple(rest.shape)} of {rest.dtype}")
-    scale = torch.exp2(exponents.double())
-    out = rows.double() * (scale if half else scale.unsqueeze(1))
+    rest, each = stored["rest"], stored.get("row_exponents")
+    if rows.dim() != 2 or not rows.numel() or rows.dtype is not (torch.float16 if each is None else torch.int8):
+        raise ValueError(f"rows {tuple(rows.shape)} of {rows.dtype} with {'no ' if each is None else ''}row exponents")
+    if exponents.dtype is not torch.int8 or rest.dtype is not torch.float32:
+        raise ValueError(f"rows with exponents of {exponents.dtype} and a rest of {rest.dtype}")
+    if not exponents.shape == rest.shape == rows.shape[1:]:
+        raise ValueError(
+            f"rows {tuple(rows.shape)} with {tuple(exponents.shape)} exponents, a rest {tuple(rest.shape)}"
+        )
+    out = rows.double() * torch.exp2(exponents.double())
+    if each is not None:
+        if each.dtype is not torch.int8 or each.shape != rows.shape[:1]:
+            raise ValueError(f"rows {tuple(rows.shape)} with {tuple(each.shape)} row exponents of {each.dtype}")
+        out *= torch.exp2(each.double()).unsqueeze(1)
     out[int(out.abs().amax(1).argmax())] += rest.double()
     return out.float()
 
