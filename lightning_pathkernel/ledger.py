@@ -79,6 +79,7 @@ class ChordSpan:
         examples: What the stored examples add up to, back in weight space: the adjoint of the query sketch.
         decay: Displacement by weight decay; empty where there is none.
         residual: Displacement that no example and no decay accounts for; empty where there is none.
+        end: Weights at its last node, where ``start + delta`` does not give them to the last bit.
     """
 
     start: Tensors
@@ -88,9 +89,12 @@ class ChordSpan:
     examples: Tensors
     decay: Tensors = field(default_factory=dict)
     residual: Tensors = field(default_factory=dict)
+    end: Tensors = field(default_factory=dict)
 
     def weights(self, t: float) -> dict[str, Tensor]:
         """Weights at ``t`` in [0, 1] along the chord."""
+        if t == 1.0 and self.end:
+            return {**self.start, **self.end}
         return {name: w + t * self.delta[name] if name in self.delta else w for name, w in self.start.items()}
 
 

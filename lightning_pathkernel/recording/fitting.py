@@ -17,7 +17,7 @@ from lightning_pathkernel.recording.budget import FeatureBudget, sketch_error
 from lightning_pathkernel.recording.open_chord import compressed
 from lightning_pathkernel.recording.ranks import Ranks
 from lightning_pathkernel.recording.settings import RecorderSettings
-from lightning_pathkernel.sketch import KroneckerSketch, fit_second_stage
+from lightning_pathkernel.sketch import KroneckerSketch, fit_second_stage, rounded_sketches, rounded_stage
 
 __all__ = ["SketchFitter", "check_ranks"]
 
@@ -54,7 +54,7 @@ class SketchFitter:
             direction: Where the optimiser is moving.
 
         Returns:
-            Parameter -> sketch.
+            Parameter -> sketch, its query side rounded to what an artifact stores.
         """
         train: dict[str, Sequence[PerExampleGradient]] = {}
         for batch in reversed(held):
@@ -66,7 +66,9 @@ class SketchFitter:
         settings = self._settings.sketch
         if settings.features is not None:
             settings = replace(settings, features=self._budget.features)
-        return fit_basis(train, probes, preconditioner, direction, shapes, settings, self._generator, self._ranks)
+        return rounded_sketches(
+            fit_basis(train, probes, preconditioner, direction, shapes, settings, self._generator, self._ranks)
+        )
 
     def closed(self, chord: Chord) -> Chord:
         """Bring a chord that has just closed down to ``sketch_dim``, and learn from what its first stage has lost.
@@ -86,7 +88,8 @@ class SketchFitter:
         settings, query = self._settings, None
         if self._probes is not None:
             query = query_features(self._network, self._probes, chord, settings.rule, self._generator)
-        return fit_second_stage(rows, query, total, settings.sketch_dim, settings.sketch, self._generator)
+        maps = fit_second_stage(rows, query, total, settings.sketch_dim, settings.sketch, self._generator)
+        return None if maps is None else rounded_stage(*maps)
 
 
 def check_ranks(held: Held, unfitted: Sequence[str], ranks: Ranks, like: Tensor) -> None:

@@ -65,7 +65,10 @@ def _transposed(factor: Tensor | None) -> Tensor | None:
 
 @dataclass(frozen=True)
 class KroneckerSketch:
-    """Thin factors ``[k, r]`` (left) and ``[k, c]`` (right) of the two sides of one parameter's sketch."""
+    """Thin factors ``[k, r]`` (left) and ``[k, c]`` (right) of the two sides of one parameter's sketch.
+
+    An exported machine has those of the query side only: the training side has done its work when a chord closes.
+    """
 
     rows: int
     columns: int
@@ -77,8 +80,8 @@ class KroneckerSketch:
     @property
     def shape(self) -> tuple[int, int]:
         """``(k_left, k_right)``."""
-        left = self.rows if self.train_left is None else int(self.train_left.shape[0])
-        right = self.columns if self.train_right is None else int(self.train_right.shape[0])
+        left = self.rows if self.query_left is None else int(self.query_left.shape[0])
+        right = self.columns if self.query_right is None else int(self.query_right.shape[0])
         return left, right
 
     @cached_property
