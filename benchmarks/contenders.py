@@ -105,7 +105,7 @@ def _recorded(settings: Settings) -> Step:
 
 
 def _opacus(settings: Settings) -> Step:
-    from opacus.grad_sample import GradSampleModule  # noqa: PLC0415  # only where it is installed
+    from opacus.grad_sample import GradSampleModule
 
     model, optimizer, x, y = settings.build()
     wrapped = GradSampleModule(model, loss_reduction="mean")
@@ -122,8 +122,8 @@ def _opacus(settings: Settings) -> Step:
 
 
 def _backpack(settings: Settings) -> Step:
-    from backpack import backpack, extend  # noqa: PLC0415
-    from backpack.extensions import BatchGrad  # noqa: PLC0415
+    from backpack import backpack, extend
+    from backpack.extensions import BatchGrad
 
     model, optimizer, x, y = settings.build()
     model, loss = extend(model), extend(nn.CrossEntropyLoss())
@@ -160,8 +160,8 @@ def _vmap(settings: Settings) -> Step:
 
 
 def _dattri(settings: Settings) -> Step:
-    from dattri.algorithm.dvemb import DVEmbAttributor  # noqa: PLC0415
-    from dattri.task import AttributionTask  # noqa: PLC0415
+    from dattri.algorithm.dvemb import DVEmbAttributor
+    from dattri.task import AttributionTask
 
     model, optimizer, x, y = settings.build()
 

@@ -61,9 +61,6 @@ def emit(section: str, command: str, lines: Sequence[str], docs: Path | None) ->
     page = docs.read_text(encoding="utf-8") if docs.is_file() else ""
     block = f"{first}\n\n{text}\n\n{last}"
     before, found, rest = page.partition(first)
-    if found:
-        page = before + block + rest.partition(last)[2]
-    else:
-        page = f"{page.rstrip()}\n\n{block}\n".lstrip()
+    page = before + block + rest.partition(last)[2] if found else f"{page.rstrip()}\n\n{block}\n".lstrip()
     docs.parent.mkdir(parents=True, exist_ok=True)
     docs.write_text(page, encoding="utf-8")
