@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.contenders import CONTENDERS, DISTRIBUTIONS, PLAIN, RECORDED, Settings, Step, missing
-from benchmarks.memory import resident
+from benchmarks.memory import high_water, reset_high_water, resident
 from benchmarks.networks import NETWORKS
 from benchmarks.page import conditions, emit, table
 
@@ -116,23 +116,17 @@ def factor(found: dict[str, Cost]) -> tuple[str, float] | None:
 # memory
 
 
-def _high_water() -> float:
-    """The resident set's high-water mark, in MB."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
-
-
 def _child(name: str, network: str, sketch_dim: int, probes: int) -> None:
     """Print what is resident before the network is built, and what one contender takes at its peak, in MB."""
     if missing(name) is not None:
         print("nan nan")
         return
     before = resident()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    reset_high_water()
     step = CONTENDERS[name](Settings(network, sketch_dim, [0, 2, MEMORY_STEPS, 100 * MEMORY_STEPS], probes))
     for _ in range(MEMORY_STEPS):
         step()
-    print(before, _high_water() - before)
+    print(before, high_water() - before)
 
 
 def peak_memory(name: str, network: str, sketch_dim: int, threads: int, probes: int = PROBES) -> tuple[float, float]:

@@ -69,8 +69,11 @@ def retrained(
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Ranks along the first dimension, centred and of unit norm."""
-    ranks = values.argsort(0).argsort(0).double()
+    """Ranks along the first dimension, those of equal values their mean, centred and of unit norm."""
+    columns = values.double().T.contiguous()
+    ordered = columns.sort(1).values
+    below, up_to = (torch.searchsorted(ordered, columns, right=right) for right in (False, True))
+    ranks = (below + up_to).double().T
     ranks = ranks - ranks.mean(0)
     return ranks / ranks.norm(dim=0)
 
