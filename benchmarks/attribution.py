@@ -28,7 +28,7 @@ from benchmarks.retraining import bootstrap, halves, retrained, scores
 __all__ = ["Verdict", "compare"]
 
 PACKAGES = ("captum", "traker")
-MOST = 40
+MOST = 10
 """Most checkpoints of TRAK, whose features of one cost as much as an epoch of training."""
 LEAST = 128
 """Least numbers per example of TRAK: with up to 100, its projector for the CPU (0.3.2) loses its matrix too early."""

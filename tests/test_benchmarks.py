@@ -187,15 +187,13 @@ def test_the_grid_is_drawn(tmp_path: Path) -> None:
         {"case": case, "optimizer": optimizer, "nodes": nodes, "sketch_dim": dim, "seed": seed,
          "fidelity": 1 - (1 + seed) / (nodes * dim), "pearson": 1 - 0.1 / nodes}
         for case, optimizer, nodes, dim, seed in product(
-            ("MLP", "batch-norm ResNet"), ("SGD", "AdamW"), (4, 16, 64), (32, 256, 2048), range(2)
+            ("batch-norm ResNet",), ("SGD", "AdamW"), (4, 64), (32, 2048), range(2)
         )
     ]  # fmt: skip
     lines = tmp_path / "grid.jsonl"
     lines.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     paths = plots.draw_grid(plots.read_lines(lines), tmp_path / "plots")
-    assert [path.name for path in paths] == [
-        "mlp-sketch-dim.svg", "mlp-nodes.svg", "batch-norm-resnet-sketch-dim.svg", "batch-norm-resnet-nodes.svg",
-    ]  # fmt: skip
+    assert [path.name for path in paths] == ["batch-norm-resnet-sketch-dim.svg", "batch-norm-resnet-nodes.svg"]
     text = paths[0].read_text()
     assert "nodes = 64" in text
     assert len(text) < 200_000
