@@ -37,7 +37,7 @@ from benchmarks.page import conditions, emit, table
 from lightning_pathkernel import KernelMachine, PathKernelCallback
 from lightning_pathkernel.path import node_schedule
 
-__all__ = ["COLUMNS", "SWEEPS", "Point", "power", "run"]
+__all__ = ["COLUMNS", "SWEEPS", "Point", "in_a_process", "power", "run"]
 
 ROWS = ("rows", "example_ids", "self_inner")
 BATCH, INPUTS, CLASSES, QUERIES = 64, 256, 10, 16
@@ -194,7 +194,19 @@ def power(sizes: Sequence[float], values: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
-def _in_a_process(point: Point, threads: int) -> dict[str, float]:
+def in_a_process(point: Point, threads: int) -> dict[str, float]:
+    """`run` in a process of its own, so that no point inherits another's heap.
+
+    Args:
+        point: Its sizes.
+        threads: Of torch.
+
+    Returns:
+        What `run` returns.
+
+    Raises:
+        RuntimeError: If the process ends with an error.
+    """
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.growth", "--point", json.dumps(asdict(point))]
     done = subprocess.run(
         [*command, "--threads", str(threads)], capture_output=True, text=True, timeout=1200, check=False
@@ -235,7 +247,7 @@ def main() -> None:
         base, sweeps = Point(500, 30, 32, 2, 4, 32), {"width": (16, 64)}
     lines, points = [conditions(), "", f"Unless said: {base}, batches of {BATCH}.", ""], []
     for size, values in sweeps.items():
-        found = {value: _in_a_process(replace(base, **{size: value}), args.threads) for value in values}
+        found = {value: in_a_process(replace(base, **{size: value}), args.threads) for value in values}
         points += [{"sweep": size, "value": value, **columns} for value, columns in found.items()]
         lines += [*sweep_table(size, found), ""]
         print("\n".join(lines[-len(found) - 4 :]), flush=True)

@@ -80,7 +80,7 @@ def test_contenders_take_the_plain_step(name: str) -> None:
     assert gap < 1e-3, gap
 
 
-def test_peak_memory_is_taken_in_a_process_of_its_own() -> None:
+def test_peak_memory_is_takenin_a_process_of_its_own() -> None:
     before, beyond = peers.peak_memory(PLAIN, "mlp", 32, 1, probes=16)
     assert before > 50
     assert 0 < beyond < 500
@@ -155,7 +155,7 @@ def test_the_literal_sum_is_measured() -> None:
 
 
 def test_growth_of_one_point() -> None:
-    found = growth._in_a_process(growth.Point(200, 20, 16, 1, 3, 16), 1)
+    found = growth.in_a_process(growth.Point(200, 20, 16, 1, 3, 16), 1)
     assert found.keys() == growth.COLUMNS.keys()
     assert found["parameters"] == 256 * 16 + 16 + 16 * 10 + 10
     assert found["artifact_mb"] > found["rows_mb"] > 0
