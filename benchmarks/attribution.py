@@ -28,7 +28,7 @@ from benchmarks.retraining import bootstrap, halves, retrained, scores
 __all__ = ["Verdict", "compare"]
 
 PACKAGES = ("captum", "traker")
-MOST = 10
+TRAK_MOST = 10
 """Most checkpoints of TRAK, whose features of one cost as much as an epoch of training."""
 LEAST = 128
 """Least numbers per example of TRAK: with up to 100, its projector for the CPU (0.3.2) loses its matrix too early."""
@@ -72,11 +72,17 @@ def _fitting(one: float, budget: float, most: int) -> int:
 
 
 def _rivals(
-    run: Run, data: tuple[Tensor, Tensor], queries: tuple[Tensor, Tensor], ours: Answer, proj_dim: int, folder: Path
+    run: Run,
+    data: tuple[Tensor, Tensor],
+    queries: tuple[Tensor, Tensor],
+    ours: Answer,
+    proj_dim: int,
+    folder: Path,
+    most_checkpoints: int,
 ) -> tuple[list[Answer], list[str]]:
     """Answers of the peers that are installed, at equal time and at equal bytes, and why others are not there."""
-    answers, notes, steps = [], [], len(run.batches)
-    for name, most in (("tracin", steps), ("trak", min(steps, MOST))):
+    answers, notes, limit = [], [], min(len(run.batches), most_checkpoints)
+    for name, most in (("tracin", limit), ("trak", min(limit, TRAK_MOST))):
 
         def ask(count: int, method: str = name) -> Answer:
             place = folder / f"{method}-{count}"
@@ -103,7 +109,7 @@ def _rivals(
 
 def compare(
     case: str, seed: int, sketch_dims: Sequence[int], data: tuple[Tensor, Tensor], unseen: tuple[Tensor, Tensor],
-    probes: int, subsets: int,
+    probes: int, subsets: int, most_checkpoints: int = 10**6,
 ) -> tuple[list[Verdict], list[str]]:  # fmt: skip
     """All methods on one run.
 
@@ -115,6 +121,7 @@ def compare(
         unseen: Other images: first the probes, then the queries.
         probes: How many are probes.
         subsets: Retrainings.
+        most_checkpoints: Of a peer, where equal time or bytes would be more.
 
     Returns:
         A verdict per method, the exact contributions first, and notes.
@@ -129,7 +136,7 @@ def compare(
             answers.append(attributors.ask_machine(f"path kernel, {dim}", run, queries, folder / f"machine-{dim}"))
         if exact is None:
             raise ValueError("sketch_dims is empty: name at least one")
-        more, notes = _rivals(run, data, queries, answers[0], sketch_dims[0], folder)
+        more, notes = _rivals(run, data, queries, answers[0], sketch_dims[0], folder, most_checkpoints)
     answers = [Answer("exact path kernel", exact, 0, 0.0), *answers, *more]
     keep = halves(subsets, len(data[0]), 1000 + seed)
     outputs = retrained(CASES[case], seed, data, keep, *queries)
@@ -165,6 +172,7 @@ def main() -> None:
     parser.add_argument("--sketch-dims", type=int, nargs="+", default=[256, 64])
     parser.add_argument("--queries", type=int, default=100)
     parser.add_argument("--subsets", type=int, default=200, help="retrainings on random halves")
+    parser.add_argument("--most-checkpoints", type=int, default=10**6, help="of a peer; default: those of all steps")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="few images, queries and retrainings: does it run?")
     parser.add_argument("--docs", type=Path, help="page to write the table to")
@@ -178,7 +186,9 @@ def main() -> None:
     rows, notes = [], []
     for case in args.case or ("MLP, SGD", "MLP, AdamW"):
         for seed in range(args.seeds):
-            verdicts, found = compare(case, seed, args.sketch_dims, data, unseen, probes, args.subsets)
+            verdicts, found = compare(
+                case, seed, args.sketch_dims, data, unseen, probes, args.subsets, args.most_checkpoints
+            )
             rows += [_row(case, seed, verdict) for verdict in verdicts]
             notes += [f"- {case}, seed {seed}. {line}" for line in found]
             print("\n".join(table(HEADER, rows)[-len(verdicts) :]), flush=True)
