@@ -6,10 +6,11 @@ MAKEFLAGS += --no-builtin-rules
 
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
+BENCH_INSTALLED := .venv/.installed-bench
 # Where Debian's package dataset-fashion-mnist puts it.
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test test-slow lint types bench clean
+.PHONY: demo test test-slow lint types bench bench-quick clean
 
 # The stamp is written last: an installation that broke off is begun again.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -34,12 +35,34 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(PY) -m mypy
 
-bench: $(INSTALLED)
+$(BENCH_INSTALLED): $(INSTALLED)
+	.venv/bin/pip install -c constraints.txt -e ".[bench]"
+	.venv/bin/pip install -c constraints.txt --no-deps backpack-for-pytorch
+	touch $@
+
+# Every figure of docs/peers.md and docs/growth.md is written anew, and what else is measured is printed. Some hours.
+bench: $(BENCH_INSTALLED)
 	$(PY) -m benchmarks.step_time
 	$(PY) -m benchmarks.trainer_time
 	$(PY) -m benchmarks.memory
-	if test -d "$(FASHION_MNIST)"; then $(PY) -m benchmarks.faithfulness "$(FASHION_MNIST)"; else \
-	  echo "faithfulness not measured: make bench FASHION_MNIST=DIRECTORY of the *-ubyte.gz files"; fi
+	$(PY) -m benchmarks.peers --docs docs/peers.md
+	mkdir -p build
+	$(PY) -m benchmarks.growth --docs docs/growth.md --json build/growth.jsonl
+	$(PY) -m benchmarks.plots growth build/growth.jsonl docs/plots
+	if test -d "$(FASHION_MNIST)"; then \
+	  $(PY) -m benchmarks.faithfulness "$(FASHION_MNIST)"; \
+	  $(PY) -m benchmarks.attribution "$(FASHION_MNIST)" --docs docs/peers.md; \
+	  $(PY) -m benchmarks.literal "$(FASHION_MNIST)" --docs docs/peers.md; \
+	else echo "contributions not measured: make bench FASHION_MNIST=DIRECTORY of the *-ubyte.gz files"; fi
+
+# Whether all of it runs: minutes, and nothing is written.
+bench-quick: $(BENCH_INSTALLED)
+	$(PY) -m benchmarks.peers --quick
+	$(PY) -m benchmarks.growth --quick
+	if test -d "$(FASHION_MNIST)"; then \
+	  $(PY) -m benchmarks.attribution "$(FASHION_MNIST)" --quick; \
+	  $(PY) -m benchmarks.literal "$(FASHION_MNIST)" --quick; \
+	else echo "contributions not measured: make bench-quick FASHION_MNIST=DIRECTORY of the *-ubyte.gz files"; fi
 
 # What was made, but not the environment, which takes minutes: remove .venv by hand.
 clean:

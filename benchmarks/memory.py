@@ -32,6 +32,17 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def reset_high_water() -> None:
+    """Begin the high-water mark of the resident set anew."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def high_water() -> float:
+    """The high-water mark of the process' resident set, in MB."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+
+
 class Network(pl.LightningModule):
     """A classifier of images ``[1, 8, 8]``."""
 
