@@ -59,8 +59,9 @@ class SketchFitter:
             probes = probe_gradients(self._network, self._probes, random_cotangent(self._generator))
         shapes = {name: p.shape for name, p in parameters.items()}
         return fit_basis(
-            train, probes, preconditioner, direction, shapes, self._settings.sketch, self._generator, self._ranks
-        )
+            train, probes, preconditioner, direction, shapes, self._settings.sketch_dim, self._settings.sketch,
+            self._generator, self._ranks,
+        )  # fmt: skip
 
     def second_stage(self, chord: Chord, rows: Tensor, total: Tensor) -> tuple[Tensor, Tensor] | None:
         """Maps that bring all rows ``[V, F]`` of a chord, ``total`` their sum, down to ``sketch_dim``, or None."""

@@ -46,6 +46,7 @@ class OpenChord:
         displacement: Running sums of what the optimisers did.
         sketches: Parameter -> its sketch, of this chord or, until `fitted` has it, of an earlier one.
         fitted: Parameters whose sketch is this chord's.
+        room: Numbers that the rows of a backward pass of the latest step took at most.
     """
 
     def __init__(self, network: Network, ranks: Ranks) -> None:
@@ -56,6 +57,7 @@ class OpenChord:
         self._steps: list[RecordedStep] = []
         self._kept = 0
         self._carried = 0
+        self.room = 0
         self._folded: list[tuple[Tensor, Tensor, Tensor]] = []
         self.index = 0
         self.sketches: dict[str, KroneckerSketch] = {}
@@ -87,7 +89,8 @@ class OpenChord:
         """Take in one optimiser step: its visits and the parameters that it moved."""
         self._visits.step(moved)
         self._steps.append(RecordedStep(parts, coefficient))
-        self._kept += sum(part.numbers() for part in parts)
+        self.room = max([part.numbers() for part in parts], default=0)
+        self._kept += self.room if len(parts) < 2 else sum(part.numbers() for part in parts)
 
     def rebase(
         self,

@@ -16,9 +16,6 @@ from lightning_pathkernel.sketch import KroneckerSketch
 
 __all__ = ["self_influence"]
 
-_NUMBERS = 1 << 21
-"""At most this many numbers of gradients brought back are formed at once."""
-
 
 def self_influence(
     steps: Sequence[RecordedStep],
@@ -52,18 +49,8 @@ class _Energy:
     """The quadratic form ``z -> <g, D g>`` of the gradient g that features z stand for."""
 
     def __init__(self, sketch: KroneckerSketch, preconditioner: Tensor | None) -> None:
-        shape = (sketch.rows, sketch.columns)
         self._diagonal = None if preconditioner is None else preconditioner.reshape(matrix_shape(preconditioner.shape))
-        self._form: Tensor | None = None
-        factor = next(iter(sketch.tensors().values()), None)
-        if factor is None:
-            return
-        basis = torch.eye(sketch.features, dtype=factor.dtype, device=factor.device)
-        self._form = torch.empty_like(basis)
-        for rows in torch.arange(len(basis)).split(max(1, _NUMBERS // (shape[0] * shape[1]))):
-            back = sketch.synthesise(basis[rows])
-            back = back if self._diagonal is None else back * self._diagonal
-            self._form[rows] = sketch.brought_back(back)
+        self._form = sketch.energy_form(self._diagonal) if sketch.tensors() else None
 
     def __call__(self, features: Tensor) -> Tensor:
         if self._form is not None:

@@ -6,6 +6,7 @@ from lightning_pathkernel.sketch.fit import (
     SketchSettings,
     fit_second_stage,
     fit_sketch,
+    fit_sketches,
     register_sketch,
 )
 from lightning_pathkernel.sketch.kronecker import KroneckerSketch
@@ -18,6 +19,7 @@ __all__ = [
     "SketchSettings",
     "fit_second_stage",
     "fit_sketch",
+    "fit_sketches",
     "rank_one_log",
     "register_sketch",
 ]
