@@ -64,10 +64,11 @@ class PathKernelCallback(_Callback):
         tolerance: Drift at which a chord ends; None for a schedule, dense in early training. The drift is a number
             without unit: the relative displacement of the weights since the node, ``|w - w_a| / |w_a|``, root mean
             square over the weight matrices, together with a tenth of the relative change of Adam's preconditioner.
-            0.03 suits 24 nodes on a small network; the smaller, the more nodes are used. By no step have more chords
-            ended than the schedule would have ended, so a tolerance that is always exceeded gives the schedule, and
-            what is left of the budget always reaches to the end. Where the end of the fit is unknown (``max_time``),
-            the tolerance rises as the budget goes instead.
+            0.03 suits 24 nodes on a small network; the smaller, the more nodes are used. It pays where the path moves
+            late, as under SGD; under Adam the schedule has shared out the total at least as well. By no step have more
+            chords ended than the schedule would have ended, and no chord is longer than twice the schedule's last one:
+            a tolerance that is always exceeded gives the schedule, and what is left of the budget always reaches to
+            the end. Where the end of the fit is unknown (``max_time``), the tolerance rises as the budget goes instead.
 
     Raises:
         ValueError: If a number is not positive, or there is no such sketch.

@@ -7,8 +7,9 @@ The drift since a node is ``hypot(a, c b)``, with c = 0.1 and
 - ``b`` the change of the preconditioner: root mean square of ``log(D / D_a)`` over the weights, each weighted by the
   square of its displacement. ``D_a`` is that of the last step before the node.
 
-Both are passes over the weights, no probe takes part. Tangent features of probes place nodes no better, by brute force
-(benchmarks/faithfulness.py), and cost a good part of a step each time one looks.
+Both are passes over the weights, no probe takes part. Tangent features of 32 probes, looked at after every step, placed
+the nodes of a small CNN under SGD no better (two seeds, contributions against brute force), and cost a good part of a
+step each time one looks.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class Nodes:
         now = updates.preconditioner(set(weights), displacement)
         drift = relative_displacement(weights, displacement.start)
         if now:
-            # before its second step nothing is known of how fast a preconditioner changes: at first by its own size
+            # nothing is known before the first node, and a preconditioner's first steps change it most: end at once
             known = self._reference.keys() & now.keys()
             change = preconditioner_change(now, self._reference, weights, displacement.start) if known else math.inf
             drift = math.hypot(drift, _PRECONDITIONER * change)
