@@ -292,7 +292,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         key = (line["candidate"], line["case"], line["second_ridge"], line["sketch_dim"])
         groups.setdefault(key, []).append(line)
     out = [
-        "| first stage | case | second ridge | sketch_dim | seeds | fidelity | Pearson | least | agreement | F |",
+        "| first stage | case | ridge 2 | sketch_dim | seeds | fidelity | Pearson | least | agreement | features |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key, found in groups.items():

@@ -80,7 +80,8 @@ class SketchFitter:
             The chord.
         """
         if self._probes is not None and self._settings.sketch.features is not None and chord.sketches:
-            self._budget.learn(sketch_error(self._network, self._probes, chord))
+            error = torch.tensor([sketch_error(self._network, self._probes, chord)])
+            self._budget.learn(float(self._ranks.total(error)) / self._ranks.world)  # the same on all processes
         return compressed(chord, self._ranks, partial(self.second_stage, chord), self._settings.sketch_dim)
 
     def second_stage(self, chord: Chord, rows: Tensor, total: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -47,13 +47,13 @@ def _rounded(matrix: Tensor) -> Tensor:
     return from_grid(*to_grid(matrix), dtype=matrix.dtype)
 
 
-def _corrected(train: Tensor, query: Tensor, rounded: Tensor) -> Tensor | None:
-    """The training map that goes with a rounded query map, or None where there is none."""
+def _turn(train: Tensor, query: Tensor, rounded: Tensor) -> Tensor | None:
+    """``T [k, k]`` for which T times the training map goes with the rounded query map, or None where there is none."""
     p = train.double()
     wanted, found = p @ query.double().T, p @ rounded.double().T
-    turned, singular = torch.linalg.solve_ex(found, wanted, left=False)
-    out: Tensor = (turned @ p).to(train)
-    return None if bool(singular) or not bool(out.isfinite().all()) else out
+    turn: Tensor
+    turn, singular = torch.linalg.solve_ex(found, wanted, left=False)
+    return None if bool(singular) or not bool(turn.isfinite().all()) else turn
 
 
 def rounded_sketches(sketches: Mapping[str, KroneckerSketch]) -> dict[str, KroneckerSketch]:
@@ -66,15 +66,26 @@ def rounded_sketches(sketches: Mapping[str, KroneckerSketch]) -> dict[str, Krone
         Parameter -> sketch. A pair of factors that rounding would make singular stays as it is.
     """
     known: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    turns: dict[int, tuple[Tensor, Tensor]] = {}  # training factor -> the corrected one, and what corrected it
+
+    def rounded(train: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+        if id(train) in turns:  # a bias with its weight's training factor: its own query factor stays unrounded
+            corrected, turned = turns[id(train)]
+            return corrected, torch.linalg.solve(turned.T, query.double()).to(query)
+        near = _rounded(query)
+        turn = _turn(train, query, near)
+        if turn is None:
+            return train, query
+        corrected = (turn @ train.double()).to(train)
+        turns[id(train)] = corrected, turn
+        return corrected, near
 
     def pair(train: Tensor | None, query: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if train is None or query is None or not bool(query.isfinite().all()):
             return train, query
         key = id(train), id(query)
         if key not in known:
-            near = _rounded(query)
-            corrected = _corrected(train, query, near)
-            known[key] = (train, query) if corrected is None else (corrected, near)
+            known[key] = rounded(train, query)
         return known[key]
 
     out = {}
@@ -89,8 +100,8 @@ def rounded_stage(train: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
     """The maps of a second stage in a form that takes few bytes: ``Q = [1 R]`` but for the order of its columns.
 
     Any invertible ``M`` gives maps ``M^-T P`` and ``M Q`` with the same inner products. The one that makes k columns of
-    Q those of the identity leaves ``k (F - k)`` numbers. Columns are chosen by a pivoted elimination, so that R has no
-    large entries.
+    Q those of the identity leaves ``k (F - k)`` numbers. Columns are the pivots of an elimination, so that R has hardly
+    any large entries.
 
     Args:
         train: P, ``[k, F]``.
@@ -113,23 +124,15 @@ def rounded_stage(train: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _independent_columns(matrix: Tensor) -> Tensor | None:
-    """Columns picked one after the other, each the longest in what the ones before do not span; None if too few."""
-    columns, chosen = matrix.double(), []
-    basis = columns.new_zeros(len(columns), len(columns))
-    lengths = columns.square().sum(0)
-    least = 1e-20 * float(lengths.max())
-    for step in range(len(columns)):
-        best = int(lengths.argmax())
-        if not float(lengths[best]) > least:
-            return None
-        chosen.append(best)
-        direction, earlier = columns[:, best], basis[:, :step]
-        for _ in range(2):  # once more, for what rounding left of the earlier ones
-            direction = direction - earlier @ (earlier.T @ direction)
-        basis[:, step] = direction / direction.norm()
-        lengths = lengths - (basis[:, step] @ columns).square()
-        lengths[chosen] = -1.0
-    return torch.tensor(chosen, device=matrix.device)
+    """Columns that span all: the pivots of an elimination of ``Q^T``, ``[k]``; None if there are too few."""
+    eliminated, swaps, _ = torch.linalg.lu_factor_ex(matrix.double().T)
+    steps = eliminated.diagonal().abs()
+    if not bool(steps.min() > 1e-10 * steps.max()):
+        return None
+    order = list(range(matrix.shape[1]))
+    for at, other in enumerate((swaps - 1).tolist()):
+        order[at], order[other] = order[other], order[at]
+    return torch.tensor(order[: len(matrix)], device=matrix.device)
 
 
 def pivots_of(query: Tensor) -> Tensor | None:

@@ -100,3 +100,15 @@ def test_factors_that_parameters_share_stay_shared() -> None:
     found = rounded_sketches({n: KroneckerSketch(40, 1, p, None, q, None) for n in ("weight", "bias")})
     assert found["weight"].train_left is found["bias"].train_left
     assert found["weight"].query_left is found["bias"].query_left
+
+
+def test_a_bias_keeps_its_weights_training_factor_and_its_own_products() -> None:
+    p, q, train, query = maps()
+    own = q + 0.1 * torch.randn(12, 40, generator=torch.Generator().manual_seed(3))
+    before = {"weight": KroneckerSketch(40, 1, p, None, q, None), "bias": KroneckerSketch(40, 1, p, None, own, None)}
+    found = rounded_sketches(before)
+    assert found["weight"].train_left is found["bias"].train_left
+    a, b = found["bias"].train_left, found["bias"].query_left
+    assert a is not None
+    assert b is not None
+    torch.testing.assert_close((query @ b.T) @ (train @ a.T).T, (query @ own.T) @ (train @ p.T).T, rtol=1e-4, atol=1e-3)
