@@ -16,11 +16,12 @@ from lightning_pathkernel.chord import Chord, synthesise
 from lightning_pathkernel.network import Network
 from lightning_pathkernel.optim import ParameterUpdate
 from lightning_pathkernel.recording.arena import Arena
+from lightning_pathkernel.recording.batches import batches
 from lightning_pathkernel.recording.carry import carried, reexpress
 from lightning_pathkernel.recording.displacement import ChordDisplacement, DisplacementParts
 from lightning_pathkernel.recording.ranks import Ranks
-from lightning_pathkernel.recording.rows import RecordedStep, StepRows, summed, visited, weighted
-from lightning_pathkernel.recording.self_influence import self_influence
+from lightning_pathkernel.recording.rows import RecordedStep, StepRows, summed, visited
+from lightning_pathkernel.recording.self_influence import SelfInfluence
 from lightning_pathkernel.recording.visits import VisitWeights
 from lightning_pathkernel.sketch import KroneckerSketch
 
@@ -148,11 +149,14 @@ class OpenChord:
         like = next(iter(parts.delta.values()))
         columns = {name: j for j, name in enumerate(self._network.parameters)}
         weights = weights[:, [columns[name] for name in self.sketches]]
-        rows = summed(ids, weighted(steps, weights, self.sketches), (features,), like)
-        inner = like.new_zeros(len(ids))
-        if influences:
-            each = self_influence(steps, weights, self.sketches, parts.preconditioner, self._ranks.world)
-            inner = summed(ids, each, (), like)
+        rows, inner = like.new_zeros(len(ids), features), like.new_zeros(len(ids))
+        own = SelfInfluence(self.sketches, parts.preconditioner, self._ranks.world) if influences else None
+        counts = np.array([sum(len(part.ids) for part in step.parts) for step in steps], dtype=np.float64)
+        for batch in batches(steps, self.sketches):
+            at = torch.searchsorted(ids, batch.ids).to(rows.device)
+            rows.index_add_(0, at, batch.shares(weights, self.sketches).to(rows))
+            if own is not None:
+                inner.index_add_(0, at, own.of(batch, weights, counts).to(inner))
         for found, folded_rows, folded_inner in self._folded:
             at = torch.searchsorted(ids, found).to(rows.device)
             rows.index_add_(0, at, folded_rows)

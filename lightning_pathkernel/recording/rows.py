@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,7 +16,17 @@ from lightning_pathkernel.capture import PerExampleGradient
 from lightning_pathkernel.recording.arena import Arena, Slot
 from lightning_pathkernel.sketch import KroneckerSketch
 
-__all__ = ["CarriedRows", "RecordedStep", "Rows", "Sketches", "StepRows", "split", "summed", "visited", "weighted"]
+__all__ = [
+    "CarriedRows",
+    "RecordedStep",
+    "Rows",
+    "Sketches",
+    "StepRows",
+    "features_of",
+    "split",
+    "summed",
+    "visited",
+]
 
 Sketches = Mapping[str, KroneckerSketch]
 
@@ -155,14 +163,25 @@ class StepRows:
         """Numbers kept."""
         return sum(slot.n * slot.k for slot in self._slots)
 
+    @property
+    def layout(self) -> object:
+        """What two backward passes must have in common for `features_of` to take them together."""
+        return self._uses, [(slot.n, slot.k, slot.block.dtype) for slot in self._slots], isinstance(self._ids, Slot)
+
     def features(self, sketches: Sketches) -> Tensor:
         """All features of closed rows, ``[n, F]``."""
-        matrices = [slot.view() for slot in self._slots]
-        found: dict[str, Tensor] = {}
-        for name, use in self._uses:
-            part = _outer([matrices[at] for at in use])
-            found[name] = found[name] + part if name in found else part
-        return _joined(found, sketches, len(self.ids), matrices[0] if matrices else None)
+        return features_of([self], sketches)
+
+
+def features_of(parts: Sequence[StepRows], sketches: Sketches) -> Tensor:
+    """All features of closed rows of one layout, one after the other, ``[s * n, F]``."""
+    first = parts[0]
+    matrices = [torch.cat([part._slots[at].view() for part in parts]) for at in range(len(first._slots))]
+    found: dict[str, Tensor] = {}
+    for name, use in first._uses:
+        part = _outer([matrices[at] for at in use])
+        found[name] = found[name] + part if name in found else part
+    return _joined(found, sketches, len(parts) * len(first.ids), matrices[0] if matrices else None)
 
 
 class CarriedRows:
@@ -211,29 +230,6 @@ def split(features: Tensor, sketches: Sketches) -> dict[str, Tensor]:
     """Features ``[*, F]`` by parameter."""
     sizes = [sketch.features for sketch in sketches.values()]
     return dict(zip(sketches, features.split(sizes, dim=-1), strict=True))
-
-
-def weighted(
-    steps: Sequence[RecordedStep], weights: npt.NDArray[np.float64], sketches: Sketches
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every visit's share of the displacement, ``-weight * S_train(g)``, eq. (5), one batch after the other.
-
-    Args:
-        steps: The steps.
-        weights: One per step and parameter.
-        sketches: The chord's basis.
-
-    Yields:
-        Ids ``[n]`` and shares ``[n, F]``.
-    """
-    counts = [sketch.features for sketch in sketches.values()]
-    for step, factor in zip(steps, weights, strict=True):
-        scale: Tensor | None = None
-        for part in step.parts:
-            features = part.features(sketches)
-            if scale is None:
-                scale = torch.from_numpy(np.repeat(-factor * step.coefficient, counts)).to(features)
-            yield part.ids, features * scale
 
 
 def visited(steps: Sequence[RecordedStep]) -> Tensor:
