@@ -86,20 +86,21 @@ class DriftController:
 
     def looks(self, step: int) -> bool:
         """Whether the drift is wanted after this step; intervals grow while the tolerance is far."""
-        return step >= self._next
+        return step >= self._next or step == self._budget.total_steps
 
     def closes(self, step: int, drift: float) -> bool:
         """Whether the chord ends after this step.
 
         Args:
             step: Steps taken so far.
-            drift: How far the chord has drifted since its node; not a number ends it.
+            drift: How far the chord has drifted since its node; not a number ends it, as does the end of the path.
 
         Returns:
             The decision; the controller takes it as done.
         """
         threshold, length = self._budget.threshold(self._closed), step - self._node
-        if drift < threshold and length < self._budget.longest:
+        over = length >= self._budget.longest or step == self._budget.total_steps
+        if drift < threshold and not over:
             # half of what is left if the drift grows in proportion to the steps: it may well grow faster
             ahead = length * (0.5 * (threshold / drift - 1) if drift > 0 else 1.0)
             wait = max(1, length // 16, math.floor(min(ahead, length)))

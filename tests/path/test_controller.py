@@ -92,6 +92,13 @@ def test_looks_are_few_and_miss_the_tolerance_by_little() -> None:
         assert 1e-4 * (b - a) <= 1.08 * budget.threshold(closed)
 
 
+def test_the_last_chord_ends_with_the_path() -> None:
+    """As the schedule's does: whoever records needs no word that the fit is over."""
+    controller = DriftController(NodeBudget(0.05, 24, 100))
+    ends = [step for step in range(1, 101) if controller.looks(step) and controller.closes(step, 1e-6)]
+    assert ends[-1] == 100
+
+
 def test_a_drift_that_is_no_number_ends_the_chord() -> None:
     controller = DriftController(NodeBudget(0.05, 24, 100))
     assert controller.looks(1)
