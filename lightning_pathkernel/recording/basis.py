@@ -28,6 +28,8 @@ __all__ = ["Blocks", "fit_basis", "probe_gradients", "query_features", "random_c
 Blocks = Mapping[str, Sequence[PerExampleGradient]]
 """Parameter -> per-example gradients of each of its uses; the uses add up."""
 
+_FACTORS = ("train_left", "train_right", "query_left", "query_right")
+
 Scale = tuple[Tensor, Tensor]
 """``left [r]`` and ``right [c]`` of a rank-one matrix."""
 
@@ -124,7 +126,7 @@ def fit_basis(
     like = next(iter(train.values()))[0].total()
     for name in shapes.keys() - train.keys():
         found[name] = _random(matrix_shape(shapes[name]), settings, generator, like)
-    return _same({name: found[name] for name in shapes}, ranks)
+    return _same({name: found[name] for name in shapes}, ranks, like)
 
 
 def _scale(diagonal: Tensor | None) -> Scale | None:
@@ -193,8 +195,19 @@ def _random(
     return fit_sketch(left, right, SketchSettings("random", settings.width), generator)
 
 
-def _same(sketches: dict[str, KroneckerSketch], ranks: Ranks) -> dict[str, KroneckerSketch]:
+def _same(sketches: dict[str, KroneckerSketch], ranks: Ranks, like: Tensor) -> dict[str, KroneckerSketch]:
     """The first process' sketches: on the others rounding may have given widths and factors that differ."""
     if ranks.world == 1:
         return sketches
-    return {name: sketch.with_tensors(ranks.first_matrices(sketch.tensors())) for name, sketch in sketches.items()}
+    out = {}
+    for name, sketch in sketches.items():
+        found = sketch.tensors()
+        # a side that is kept exactly has no factor, and may have one elsewhere
+        there = ranks.first({"there": torch.tensor([float(part in found) for part in _FACTORS])})["there"]
+        factors = {
+            part: found.get(part, like.new_empty(0, sketch.rows if part.endswith("left") else sketch.columns))
+            for part, known in zip(_FACTORS, there.tolist(), strict=True)
+            if known
+        }
+        out[name] = sketch.with_tensors(ranks.first_matrices(factors))
+    return out
