@@ -58,9 +58,10 @@ def _candidate(second_ridges: tuple[float, ...] = (0.1,), **settings: Any) -> Ca
 CANDIDATES = {
     "by error": _candidate(),
     "by error, direction 1": _candidate(direction=1.0),
-    "by error, tolerance 0.05": _candidate(tolerance=0.05),
-    "256 features": _candidate(most=256),
-    "1024 features": _candidate(features=1024, most=1024),
+    "by error, no bound": _candidate(tolerance=0.03, most=1 << 12),
+    "256 features": _candidate(most=0),
+    "512 features": _candidate(features=512, most=0),
+    "1024 features": _candidate(features=1024, most=0),
     "width 8": _candidate(features=None, width=8),
     "width 12": _candidate(features=None, width=12),
     "width 16": _candidate(features=None),

@@ -47,14 +47,15 @@ class FeatureBudget:
     Args:
         settings: ``features`` and ``most`` bound them, ``tolerance`` is the error aimed at.
         sketch_dim: Numbers kept in the end: never fewer.
+        matrices: Weight matrices of the network.
 
     Attributes:
         features: Of the next chord.
     """
 
-    def __init__(self, settings: SketchSettings, sketch_dim: int) -> None:
+    def __init__(self, settings: SketchSettings, sketch_dim: int, matrices: int) -> None:
         self._least = max(settings.features or 0, sketch_dim)
-        self._most = max(settings.most, self._least)
+        self._most = max(settings.most * matrices, self._least)
         self._tolerance = settings.tolerance
         # the first chord has none before it to learn from
         self.features = min(4 * self._least, self._most)

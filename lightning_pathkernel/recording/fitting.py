@@ -40,7 +40,8 @@ class SketchFitter:
         self._settings = settings
         self._ranks = ranks
         self._generator = torch.Generator().manual_seed(settings.seed)
-        self._budget = FeatureBudget(settings.sketch, settings.sketch_dim)
+        matrices = sum(p.dim() > 1 for p in network.plan.parameters.values())
+        self._budget = FeatureBudget(settings.sketch, settings.sketch_dim, matrices)
 
     def first_stage(
         self, held: Held, parameters: Mapping[str, Tensor], preconditioner: Tensors, direction: Tensors

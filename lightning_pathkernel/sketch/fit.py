@@ -38,7 +38,8 @@ class SketchSettings:
         width: Rows of a thin factor: each parameter keeps at most ``width x width`` numbers per example.
         features: Features of the first stage that are shared out over the parameters at least, by energy; None gives
             every parameter ``width x width``. Only balanced sketches of networks with probes can be shared out.
-        most: Features of the first stage at most.
+        most: Features of the first stage at most, for each weight matrix of the network: what a node costs grows with
+            their square and more.
         tolerance: Share of a chord's displacement, as probes see it, that the first stage may lose: the next chord gets
             more features where it has lost more, and fewer where less.
         ridge: Regularisation of the balanced fit of the first stage.
@@ -48,8 +49,8 @@ class SketchSettings:
     kind: str = "balanced"
     width: int = 16
     features: int | None = 256
-    most: int = 4096
-    tolerance: float = 0.03
+    most: int = 128
+    tolerance: float = 0.05
     ridge: float = 0.03
     second_ridge: float = 0.1
     direction: float = 5.0

@@ -18,7 +18,7 @@ from lightning_pathkernel.recording.budget import FeatureBudget, sketch_error
 from lightning_pathkernel.sketch import SketchSettings
 from tests.helpers import digits, recorded_step
 
-SETTINGS = SketchSettings(features=64, most=1000, tolerance=0.05)
+SETTINGS = SketchSettings(features=64, most=500, tolerance=0.05)
 
 
 def network() -> nn.Module:
@@ -64,14 +64,14 @@ def test_a_chord_that_keeps_everything_has_no_error() -> None:
 
 @pytest.mark.parametrize("error", [0.5, 0.1, math.nan, math.inf])
 def test_a_chord_that_lost_much_is_followed_by_more_features(error: float) -> None:
-    budget = FeatureBudget(SETTINGS, 32)
+    budget = FeatureBudget(SETTINGS, 32, 2)
     before = budget.features
     budget.learn(error)
     assert budget.features > before
 
 
 def test_a_chord_that_lost_little_is_followed_by_fewer() -> None:
-    budget = FeatureBudget(SETTINGS, 32)
+    budget = FeatureBudget(SETTINGS, 32, 2)
     before = budget.features
     budget.learn(0.01)
     assert budget.features < before
@@ -79,21 +79,21 @@ def test_a_chord_that_lost_little_is_followed_by_fewer() -> None:
 
 @pytest.mark.parametrize(("error", "bound"), [(1.0, 1000), (0.0, 64)])
 def test_features_stay_within_their_bounds(error: float, bound: int) -> None:
-    budget = FeatureBudget(SETTINGS, 32)
+    budget = FeatureBudget(SETTINGS, 32, 2)
     for _ in range(20):
         budget.learn(error)
     assert budget.features == bound
 
 
 def test_never_fewer_features_than_numbers_kept() -> None:
-    budget = FeatureBudget(SETTINGS, 200)
+    budget = FeatureBudget(SETTINGS, 200, 2)
     for _ in range(20):
         budget.learn(0.0)
     assert budget.features == 200
 
 
 def test_a_network_whose_rows_cancel_gets_more_features_and_loses_less() -> None:
-    net, chords = recorded(SketchSettings(features=64, most=64))
+    net, chords = recorded(SketchSettings(features=64, most=0))
     fixed, few = lost(net, chords), features(chords)
     net, chords = recorded(SketchSettings(features=64))
     learned, many = lost(net, chords), features(chords)
