@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=6000)
     parser.add_argument("--queries", type=int, default=256)
     parser.add_argument("--explained", type=int, default=16, help="queries whose contributions are compared")
-    parser.add_argument("--row-bits", type=int, choices=(8, 16), default=8)
+    parser.add_argument("--row-bits", type=int, choices=(8, 16), default=16)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -90,13 +90,14 @@ class KernelMachineExporter:
             raise ArtifactError(f"{self.directory}: {min(set(expected) - set(found))} is missing from the recording")
         return found
 
-    def export(self, out_dir: str | Path, row_bits: int = 8) -> Path:
+    def export(self, out_dir: str | Path, row_bits: int = 16) -> Path:
         """Write the artifact.
 
         Args:
             out_dir: Where it is to be; it must not exist or be an empty directory.
-            row_bits: Bits of each number kept of an example: 8, or 16 for twice the bytes and a rounding that is a
-                tenth of it (docs/benchmarks.md). A run in double precision keeps all of its numbers as they are.
+            row_bits: Bits of each number kept of an example: 16, or 8 for half the bytes and a coarser split among the
+                examples; their sum stays either way (docs/benchmarks.md). A run in double precision keeps its numbers
+                as they are.
 
         Returns:
             ``out_dir``.

@@ -5,8 +5,7 @@ A recording holds every number as it was; an artifact holds what questions to a 
 - nodes: the first one as it is, then each chord's displacement in eight bits, taken from the node that the rounded
   displacements before it lead to, so that rounding never adds up; the last node as it is, so that the network that the
   machine stands for is the one that was trained, to the last bit;
-- rows in eight bits, rounded so that their sum stays (or in float16), the preconditioner in eight bits of its
-  logarithm, decay and residual in eight bits;
+- rows in float16 (or in eight bits), their sum kept, the preconditioner in sixteen bits of its logarithm, decay and residual in eight bits;
 - the query side of both stages of the sketch, which the recorder has rounded to eight bits already (`sketch.rounding`).
 
 The machine's ledger is taken along the path as stored, with the numbers as stored: what rounding costs is in its
@@ -48,7 +47,7 @@ class Node:
     buffers: dict[str, Tensor]
 
 
-def write_packed(directory: Path, chord: Chord, before: Node | None, last: bool, row_bits: int = 8) -> Node:
+def write_packed(directory: Path, chord: Chord, before: Node | None, last: bool, row_bits: int = 16) -> Node:
     """Publish a chord as part of an artifact; nothing is overwritten.
 
     Args:
@@ -161,8 +160,8 @@ def _assembled(groups: Groups, facts: dict[str, Any], known: Node) -> tuple[Chor
     chord = Chord(
         int(facts["index"]), int(facts["first_step"]), int(facts["last_step"]), float(facts["learning_time"]),
         ids, unpack_rows(stored), stored["self_inner"], _unpacked_sketches(groups, facts), None, start, delta,
-        groups.get("start_buffers", known.buffers), groups.get("end_buffers", {}), unpack("preconditioner", groups),
-        unpack("decay", groups), unpack("residual", groups),
+        groups.get("start_buffers", known.buffers), groups.get("end_buffers", {}),
+        unpack("preconditioner", groups), unpack("decay", groups), unpack("residual", groups),
         names=decode_names(groups["names"]["utf8"]) if "names" in groups else {}, end=end,
     )  # fmt: skip
     features = sum(sketch.features for sketch in chord.sketches.values())

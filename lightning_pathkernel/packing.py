@@ -22,15 +22,11 @@ Groups = dict[str, dict[str, Tensor]]
 BLOCK = 64
 """Numbers that share a scale."""
 _HALF_TOP = 2.0**15
-_STEPS = 254
+_STEPS, _OFFSET = 65534, 1 << 15
 
 
 def _packable(value: Tensor) -> bool:
     return value.dtype is torch.float32 and bool(value.isfinite().all())
-
-
-def _exponent_count(numbers: int) -> int:
-    return -(-numbers // BLOCK)
 
 
 def pack_blocks(kind: str, values: Tensors, groups: Groups) -> None:
@@ -53,12 +49,14 @@ def pack_blocks(kind: str, values: Tensors, groups: Groups) -> None:
 
 
 def pack_logarithms(kind: str, values: Tensors, groups: Groups) -> None:
-    """Eight bits per number that is 0 or more: 0, or one of 255 even steps in the logarithm.
+    """Sixteen bits per number that is 0 or more: 0, or one of 65,535 even steps in the logarithm.
+
+    Of numbers over 27 octaves, as Adam's D has them, this keeps 14e-5 of each; bfloat16 would keep 4e-3.
 
     Args:
         kind: Group that the tensors belong to.
         values: Name -> tensor.
-        groups: Filled in: ``kind`` and ``kind.scale``, logarithm to base 2 of the least number above 0, and the step.
+        groups: Filled in: ``kind`` and ``kind.scale``, log2 of the least number above 0, and the step.
     """
     for name, value in values.items():
         positive = value > 0
@@ -67,10 +65,10 @@ def pack_logarithms(kind: str, values: Tensors, groups: Groups) -> None:
             continue
         logarithms = value.double().clamp_min(2.0**-149).log2()
         least, greatest = (float(f(logarithms[positive])) for f in (torch.min, torch.max))
-        scale = torch.tensor([least, (greatest - least) / _STEPS], dtype=torch.float32)
-        steps = (logarithms - scale[0].double()) / scale[1].double().clamp_min(1e-30)
-        codes = torch.where(positive, steps.round().clamp(0, _STEPS) + 1, torch.zeros_like(steps))
-        groups.setdefault(kind, {})[name] = codes.to(torch.uint8)
+        scale = torch.tensor([least, (greatest - least) / _STEPS], dtype=torch.float64)
+        steps = (logarithms - least) / max((greatest - least) / _STEPS, 1e-30)
+        codes = torch.where(positive, steps.round().clamp(0, _STEPS) - _OFFSET + 1, torch.full_like(steps, -_OFFSET))
+        groups.setdefault(kind, {})[name] = codes.to(torch.int16)
         groups.setdefault(f"{kind}.scale", {})[name] = scale
 
 
@@ -103,7 +101,7 @@ def unpack(kind: str, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, T
 
 
 def _from_blocks(kind: str, name: str, codes: Tensor, exponents: Tensor) -> Tensor:
-    count = _exponent_count(codes.numel())
+    count = -(-codes.numel() // BLOCK)
     if codes.dtype is not torch.int8 or exponents.dtype is not torch.int8 or exponents.shape != (count,):
         raise ValueError(f"{kind} of {name!r}: {codes.dtype} with exponents {tuple(exponents.shape)} {exponents.dtype}")
     each = exponents.repeat_interleave(BLOCK)[: codes.numel()]
@@ -111,11 +109,11 @@ def _from_blocks(kind: str, name: str, codes: Tensor, exponents: Tensor) -> Tens
 
 
 def _from_logarithms(kind: str, name: str, codes: Tensor, scale: Tensor) -> Tensor:
-    if codes.dtype is not torch.uint8 or scale.dtype is not torch.float32 or scale.shape != (2,):
+    if codes.dtype is not torch.int16 or scale.dtype is not torch.float64 or scale.shape != (2,):
         raise ValueError(f"{kind} of {name!r}: {codes.dtype} with a scale {tuple(scale.shape)} {scale.dtype}")
     least, step = (float(x) for x in scale)
-    values = torch.exp2(least + (codes.double() - 1) * step)
-    return torch.where(codes == 0, torch.zeros_like(values), values).float()
+    values = torch.exp2(least + (codes.double() + _OFFSET - 1) * step)
+    return torch.where(codes == -_OFFSET, torch.zeros_like(values), values).float()
 
 
 def pack_rows(rows: Tensor, bits: int) -> dict[str, Tensor]:
@@ -179,7 +177,7 @@ def unpack_rows(stored: Mapping[str, Tensor]) -> Tensor:
     """
     rows, exponents = stored["rows"], stored.get("exponents")
     if exponents is None:
-        if not rows.is_floating_point():
+        if not rows.is_floating_point() or stored.keys() & {"rest", "row_exponents"}:
             raise ValueError(f"rows of {rows.dtype} without exponents")
         return rows
     rest, each = stored["rest"], stored.get("row_exponents")

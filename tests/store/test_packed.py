@@ -40,7 +40,7 @@ def machines(run: Path, make: Callable[[], Classifier] = network) -> tuple[Kerne
     return KernelMachine(module, [read_chord(run / "recording" / chord_name(i)) for i in range(4)]), loaded
 
 
-def test_the_network_is_the_same_to_the_last_bit_and_predictions_to_eight(plain_run: Path) -> None:
+def test_the_network_is_the_same_to_the_last_bit_and_predictions_nearly(plain_run: Path) -> None:
     recorded, loaded = machines(plain_run, plain)
     x, y = digits()[1].tensors
     assert torch.equal(recorded.network_outputs(x), loaded.network_outputs(x))
@@ -52,7 +52,7 @@ def test_the_network_is_the_same_to_the_last_bit_and_predictions_to_eight(plain_
         assert apart < 1e-2, (ask.__name__, apart)
     pairs = zip(recorded.contributions(x[:20], y[:20]), loaded.contributions(x[:20], y[:20]), strict=True)
     alike = min(float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in pairs)
-    assert alike > 0.998, alike
+    assert alike > 0.9999, alike
 
 
 @pytest.mark.parametrize("changed", [False, True])
@@ -83,9 +83,9 @@ def test_an_artifact_takes_few_bytes(run: Path, recording: Path, tmp_path: Path)
     for i in range(4):
         groups, _ = read_group(run / "machine" / chord_name(i))
         sizes = {f"{g}/{n}": t.numel() * t.element_size() for g, named in groups.items() for n, t in named.items()}
-        own = {f"rows/{n}" for n in ("rows", "exponents", "example_ids", "self_inner", "rest", "row_exponents")}
+        own = {f"rows/{n}" for n in ("rows", "exponents", "example_ids", "self_inner", "rest")}
         count = len(groups["rows"]["example_ids"])
-        assert sum(sizes[n] for n in own) <= count * (SKETCH_DIM + 9) + 5 * SKETCH_DIM, i
+        assert sum(sizes[n] for n in own) <= count * (2 * SKETCH_DIM + 8) + 5 * SKETCH_DIM, i
         exact = read_chord(run / "recording" / chord_name(i))
         weights = sum(t.numel() for t in exact.start.values())
         rows, rest = rows + count, rest + sum(size for n, size in sizes.items() if n not in own)
@@ -93,12 +93,12 @@ def test_an_artifact_takes_few_bytes(run: Path, recording: Path, tmp_path: Path)
         assert exact.second_stage is not None
         features = exact.second_stage.shape[1]
         rest -= 2 * factors + SKETCH_DIM * (features - SKETCH_DIM) + 5 * features
-    # first and last node, and one byte and a little more for each of displacement, D, decay and residual
-    assert rest <= 8 * weights + 4 * 4.4 * weights + 4 * 400, (rest, weights)
-    half = KernelMachineExporter(recording).export(tmp_path / "half", row_bits=16)
-    groups, _ = read_group(half / MIDDLE)
-    taken = sum(groups["rows"][n].nbytes for n in ("rows", "example_ids", "self_inner"))
-    assert taken <= len(groups["rows"]["example_ids"]) * (2 * SKETCH_DIM + 16)
+    # first and last node, and two bytes for D, one and a little more for each of displacement, decay and residual
+    assert rest <= 8 * weights + 4 * 5.4 * weights + 4 * 400, (rest, weights)
+    eight = KernelMachineExporter(recording).export(tmp_path / "eight", row_bits=8)
+    groups, _ = read_group(eight / MIDDLE)
+    taken = sum(groups["rows"][n].nbytes for n in ("rows", "row_exponents", "example_ids", "self_inner"))
+    assert taken <= len(groups["rows"]["example_ids"]) * (SKETCH_DIM + 9)
     with pytest.raises(ValueError, match="row_bits must be 8 or 16, found 4"):
         KernelMachineExporter(recording).export(tmp_path / "quarter", row_bits=4)
 
@@ -129,12 +129,13 @@ def test_logarithms_keep_zeros_and_are_even() -> None:
     groups: dict[str, dict[str, Tensor]] = {}
     pack_logarithms("preconditioner", {"a": value, "none": value * 0, "even": torch.ones(3)}, groups)
     found = unpack("preconditioner", groups)
+    assert groups["preconditioner"]["a"].dtype is torch.int16
     assert torch.equal(found["a"] == 0, value == 0)
     assert torch.equal(found["none"], value * 0)
-    torch.testing.assert_close(found["even"], torch.ones(3), rtol=1e-6, atol=0)
+    assert torch.equal(found["even"], torch.ones(3))
     there = value > 0
-    step = float((value[there].max().log() - value[there].min().log()) / 254)
-    assert float((found["a"][there].log() - value[there].log()).abs().max()) <= 0.5 * step + 1e-4
+    step = float((value[there].max().log() - value[there].min().log()) / 65534)
+    assert float((found["a"][there].double().log() - value[there].double().log()).abs().max()) <= 0.5 * step + 1e-6
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -179,15 +180,16 @@ MISFITS = {
     "exponents that are floats": put("delta.exponents", WEIGHT, Z(12)),
     "exponents of nothing": put("decay.exponents", "nope", Z(3, dtype=torch.int8)),
     "an end beside a displacement": put("end", WEIGHT, Z(12, 64)),
-    "D without its scale": drop("preconditioner.scale", WEIGHT),
-    "D with a scale of three": put("preconditioner.scale", WEIGHT, Z(3)),
     "D of another type": put("preconditioner", WEIGHT, Z(12, 64, dtype=torch.int8)),
+    "D of another shape": put("preconditioner", WEIGHT, Z(12, 63, dtype=torch.int16)),
+    "D without its scale": drop("preconditioner.scale", WEIGHT),
+    "D with a scale of three": put("preconditioner.scale", WEIGHT, Z(3, dtype=torch.float64)),
     "rows without exponents": drop("rows", "exponents"),
     "rows with too few exponents": put("rows", "exponents", Z(3, dtype=torch.int8)),
     "rows with exponents of another type": put("rows", "exponents", Z(3)),
     "ids that are small integers": put("rows", "example_ids", Z(3, dtype=torch.int16)),
-    "rows without row exponents": drop("rows", "row_exponents"),
     "rows with too few row exponents": put("rows", "row_exponents", Z(3, dtype=torch.int8)),
+    "rows of eight bits without row exponents": put("rows", "rows", Z(500, SKETCH_DIM, dtype=torch.int8)),
     "rows without a rest": drop("rows", "rest"),
     "rows with a rest of another width": put("rows", "rest", Z(3)),
     "no pivots": drop("rows", "pivots"),
