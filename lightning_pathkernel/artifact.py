@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lightning_pathkernel.chord import Chord
-from lightning_pathkernel.chord_io import read_chord
 from lightning_pathkernel.fingerprint import CONSTANTS, check_module, check_state, load_constants
+from lightning_pathkernel.packed_io import Node, read_packed
 from lightning_pathkernel.store import ArtifactError, read_manifest, read_tensors
 
 __all__ = ["read_machine"]
@@ -37,7 +37,11 @@ def read_machine(path: str | Path, module: nn.Module) -> tuple[nn.Module, list[C
         parameter.requires_grad_(bool(manifest["module"]["parameters"][name]["trainable"]))
     constants, _ = read_tensors(directory / CONSTANTS)
     load_constants(private, constants)
-    chords = [read_chord(directory / name) for name in manifest["chords"]]
+    chords: list[Chord] = []
+    node: Node | None = None
+    for name in manifest["chords"]:
+        chord, node = read_packed(directory / name, node)
+        chords.append(chord)
     chords = _with_frozen(chords)
     step = 0
     for name, chord in zip(manifest["chords"], chords, strict=True):

@@ -41,6 +41,7 @@ class Chord:
             here.
         names: The user's string ids, by the integers that stand for them in ``example_ids``; empty where ids are the
             user's integers or dataset indices.
+        end: Weights at the last node, where ``start + delta`` does not give them to the last bit.
     """
 
     index: int
@@ -61,9 +62,12 @@ class Chord:
     residual: Tensors = field(default_factory=dict)
     total: Tensor | None = None
     names: Mapping[int, str] = field(default_factory=dict)
+    end: Tensors = field(default_factory=dict)
 
     def weights(self, t: float) -> dict[str, Tensor]:
         """Weights at ``t`` in [0, 1] along the chord."""
+        if t == 1.0 and self.end:
+            return {**self.start, **self.end}
         return {name: w + t * self.delta[name] if name in self.delta else w for name, w in self.start.items()}
 
     def examples_direction(self) -> dict[str, Tensor]:
@@ -103,6 +107,7 @@ class Chord:
             self.examples_direction(),
             self.decay,
             self.residual,
+            self.end,
         )
 
 

@@ -1,4 +1,4 @@
-"""A chord to and from one file of the store."""
+"""A chord to and from one file of a recording, every number as it was."""
 
 from __future__ import annotations
 
@@ -13,12 +13,24 @@ from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.names import decode_names, encode_names
 from lightning_pathkernel.network import Tensors
 from lightning_pathkernel.sketch import KroneckerSketch
-from lightning_pathkernel.store import ArtifactError, read_group, tensor_names, write_group
+from lightning_pathkernel.store import ArtifactError, read_group, write_group
 
-__all__ = ["chord_name", "chord_parameters", "merged_chord", "read_chord", "write_chord"]
+__all__ = [
+    "FACTORS",
+    "MALFORMED",
+    "check_chord",
+    "chord_facts",
+    "chord_name",
+    "merged_chord",
+    "read_chord",
+    "write_chord",
+]
 
 _MAPS = ("start", "delta", "start_buffers", "end_buffers", "preconditioner", "decay", "residual")
-_FACTORS = ("train_left", "train_right", "query_left", "query_right")
+FACTORS = ("query_left", "query_right")
+"""Factors of a sketch that are stored: the training side has done its work when a chord closes."""
+MALFORMED = (KeyError, TypeError, ValueError, OverflowError, IndexError, AttributeError)
+"""What parts that do not fit together raise when a chord is put together from them."""
 
 
 def chord_name(index: int) -> str:
@@ -44,35 +56,24 @@ def write_chord(directory: Path, chord: Chord, rank: int = 0) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         return write_group(folder / chord_name(chord.index), {"rows": rows, **names}, {"index": chord.index})
     groups = {name: dict(getattr(chord, name)) for name in _MAPS} | names
-    for factor in _FACTORS:
+    for factor in FACTORS:
         found = {name: getattr(sketch, factor) for name, sketch in chord.sketches.items()}
         groups[factor] = {name: t for name, t in found.items() if t is not None}
     groups["rows"] = rows
     if chord.second_stage is not None:
         groups["rows"]["second_stage"] = chord.second_stage
-    facts = {
+    return write_group(directory / chord_name(chord.index), groups, chord_facts(chord))
+
+
+def chord_facts(chord: Chord) -> dict[str, Any]:
+    """What a chord's file says beside its tensors."""
+    return {
         "index": chord.index,
         "first_step": chord.first_step,
         "last_step": chord.last_step,
         "learning_time": chord.learning_time,
         "sketches": [[name, sketch.rows, sketch.columns] for name, sketch in chord.sketches.items()],
     }
-    return write_group(directory / chord_name(chord.index), groups, facts)
-
-
-def chord_parameters(path: Path) -> list[str]:
-    """Names of the parameters that a chord's file moves, from its header alone.
-
-    Args:
-        path: A chord's file.
-
-    Returns:
-        The names.
-
-    Raises:
-        ArtifactError: If it is no such file.
-    """
-    return [name.removeprefix("start/") for name in tensor_names(path) if name.startswith("start/")]
 
 
 def rank_name(rank: int) -> str:
@@ -121,7 +122,7 @@ def read_chord(path: Path) -> Chord:
         path: A file that `write_chord` wrote.
 
     Returns:
-        The chord, on the CPU.
+        The chord, on the CPU, without the training side of its sketch.
 
     Raises:
         ArtifactError: If the file is damaged, or its parts do not fit together.
@@ -129,14 +130,14 @@ def read_chord(path: Path) -> Chord:
     groups, facts = read_group(path)
     try:
         return _assemble(groups, facts)
-    except (KeyError, TypeError, ValueError, OverflowError, IndexError, AttributeError) as error:
+    except MALFORMED as error:
         raise ArtifactError(f"{path.name}: not a chord: {error!r}") from error
 
 
 def _assemble(groups: dict[str, dict[str, Any]], facts: dict[str, Any]) -> Chord:
-    factors = {factor: groups.get(factor, {}) for factor in _FACTORS}
+    factors = {factor: groups.get(factor, {}) for factor in FACTORS}
     sketches = {
-        name: KroneckerSketch(rows, columns, *(factors[factor].get(name) for factor in _FACTORS))
+        name: KroneckerSketch(rows, columns, None, None, *(factors[factor].get(name) for factor in FACTORS))
         for name, rows, columns in facts["sketches"]
     }
     stored = groups["rows"]
@@ -146,16 +147,24 @@ def _assemble(groups: dict[str, dict[str, Any]], facts: dict[str, Any]) -> Chord
         stored["example_ids"], stored["rows"], stored["self_inner"], sketches, stored.get("second_stage"), **maps,
         names=decode_names(groups["names"]["utf8"]) if "names" in groups else {},
     )  # fmt: skip
-    _check_shapes(chord)
+    check_chord(chord)
     return chord
 
 
-def _check_shapes(chord: Chord) -> None:
+def check_chord(chord: Chord) -> None:
+    """Refuse a chord whose parts are not of one another.
+
+    Args:
+        chord: As read from a file.
+
+    Raises:
+        ValueError: Naming the part.
+    """
     features = sum(_checked(name, sketch).features for name, sketch in chord.sketches.items())
     stage, ids = chord.second_stage, chord.example_ids
     width = features if stage is None else int(stage.shape[0])
-    if stage is not None and (stage.dim() != 2 or stage.shape[1] != features):
-        raise ValueError(f"second stage of {tuple(stage.shape)} for {features} features")
+    if stage is not None and (stage.dim() != 2 or stage.shape[1] != features or not stage.is_floating_point()):
+        raise ValueError(f"second stage of {tuple(stage.shape)} {stage.dtype} for {features} features")
     if ids.dim() != 1 or ids.dtype != torch.long or chord.self_inner.shape != ids.shape:
         raise ValueError(
             f"example ids {tuple(ids.shape)} of {ids.dtype}, {tuple(chord.self_inner.shape)} inner products"
@@ -181,11 +190,9 @@ def _check_like(kind: str, values: Tensors, like: Tensors) -> None:
 
 
 def _checked(name: str, sketch: KroneckerSketch) -> KroneckerSketch:
-    for d, pair in (
-        (sketch.rows, (sketch.train_left, sketch.query_left)),
-        (sketch.columns, (sketch.train_right, sketch.query_right)),
-    ):
-        found = [tuple(factor.shape) for factor in pair if factor is not None]
-        if found and (len(found) != 2 or found[0] != found[1] or len(found[0]) != 2 or found[0][1] != d or d < 1):
-            raise ValueError(f"factors of {name!r} of shapes {found} for a dimension of {d}")
+    for d, factor in ((sketch.rows, sketch.query_left), (sketch.columns, sketch.query_right)):
+        if factor is None:
+            continue
+        if factor.dim() != 2 or factor.shape[1] != d or d < 1 or not factor.is_floating_point():
+            raise ValueError(f"factor of {name!r} of {tuple(factor.shape)} {factor.dtype} for a dimension of {d}")
     return sketch

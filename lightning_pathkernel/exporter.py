@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_pathkernel.chord_io import chord_name, chord_parameters, merged_chord, write_chord
+from lightning_pathkernel.chord_io import chord_name, merged_chord
 from lightning_pathkernel.fingerprint import CONSTANTS, constants, describe_module
+from lightning_pathkernel.packed_io import Node, write_packed
 from lightning_pathkernel.store import (
     FORMAT,
     FORMAT_VERSION,
@@ -89,11 +90,13 @@ class KernelMachineExporter:
             raise ArtifactError(f"{self.directory}: {min(set(expected) - set(found))} is missing from the recording")
         return found
 
-    def export(self, out_dir: str | Path) -> Path:
+    def export(self, out_dir: str | Path, row_bits: int = 8) -> Path:
         """Write the artifact.
 
         Args:
             out_dir: Where it is to be; it must not exist or be an empty directory.
+            row_bits: Bits of each number kept of an example: 8, or 16 for twice the bytes and a rounding that is a
+                tenth of it (docs/benchmarks.md). A run in double precision keeps all of its numbers as they are.
 
         Returns:
             ``out_dir``.
@@ -101,7 +104,10 @@ class KernelMachineExporter:
         Raises:
             ArtifactError: If the recording is incomplete.
             FileExistsError: If there is something at ``out_dir``; nothing is overwritten.
+            ValueError: If ``row_bits`` is neither 8 nor 16.
         """
+        if row_bits not in (8, 16):
+            raise ValueError(f"row_bits must be 8 or 16, found {row_bits}")
         if not (self.directory / CONSTANTS).is_file():
             raise ArtifactError(f"{self.directory}: {CONSTANTS} is missing from the recording")
         out = Path(out_dir)
@@ -110,7 +116,7 @@ class KernelMachineExporter:
         out.parent.mkdir(parents=True, exist_ok=True)
         staged = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
         try:
-            self._stage(staged)
+            self._stage(staged, row_bits)
             if out.exists():
                 out.rmdir()
             staged.rename(out)
@@ -119,17 +125,18 @@ class KernelMachineExporter:
         fsync_directory(out.parent)
         return out
 
-    def _stage(self, staged: Path) -> None:
+    def _stage(self, staged: Path, row_bits: int) -> None:
         staged.mkdir()
         ranks = int(self.facts.get("ranks", 1))
-        for index, name in enumerate(self.chords):
-            if ranks > 1:
-                write_chord(staged, merged_chord(self.directory, index, ranks))
-            else:
-                _place(self.directory / name, staged / name)
+        node: Node | None = None
+        learning: list[str] = []
+        for index in range(len(self.chords)):
+            chord = merged_chord(self.directory, index, ranks)
+            learning = list(chord.start)
+            node = write_packed(staged, chord, node, index == len(self.chords) - 1, row_bits)
         module: dict[str, Any] = self.facts["module"]
         thawed: list[str] = []
-        for name in chord_parameters(staged / self.chords[-1]):
+        for name in learning:
             if not module["parameters"][name]["trainable"]:
                 thawed.append(name)
                 module["parameters"][name]["trainable"] = True

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from lightning_pathkernel.chord_io import write_chord
 from lightning_pathkernel.exporter import KernelMachineExporter, open_recording, record_metrics
 from lightning_pathkernel.identity import BatchRows, TrainingIds
 from lightning_pathkernel.network import ForwardFn, Network
-from lightning_pathkernel.path import gauss_legendre
+from lightning_pathkernel.path import NodeBudget, gauss_legendre
 from lightning_pathkernel.probe_batch import collect_probes
 from lightning_pathkernel.probes import ProbeTracker
 from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
@@ -54,6 +53,7 @@ class SessionOptions:
     sketch: str
     unattributed: str
     positions: int
+    tolerance: float | None
 
 
 class FitSession:
@@ -80,10 +80,10 @@ class FitSession:
         self._options = options
         self._scaler = loss_scaler(trainer)
         self._manual = not module.automatic_optimization
-        self._device = trainer.strategy.root_device.type
+        self._timed = _Clock(trainer.strategy.root_device.type)
         allow = options.unattributed == "allow"
         self.optimizers: Sequence[torch.optim.Optimizer] = trainer.optimizers
-        schedule = training_nodes(trainer, options.nodes, len(self.optimizers) if self._manual else 1)
+        nodes = training_nodes(trainer, options.nodes, len(self.optimizers) if self._manual else 1, options.tolerance)
         _check_not_compiled(module)
         network = Network(module, plan_capture(module, everything=thaws_later(trainer)), options.forward_fn)
         probes = collect_probes(trainer, options.probes)
@@ -92,7 +92,7 @@ class FitSession:
         ranks = Ranks(trainer.world_size, trainer.global_rank, trainer.strategy.root_device)
         self._ranks = ranks
         settings = RecorderSettings(
-            schedule, options.sketch_dim, SketchSettings(options.sketch), options.seed,
+            nodes, options.sketch_dim, SketchSettings(options.sketch), options.seed,
             changes=gradient_changes(trainer, module), manual=self._manual, sum_rtol=rounding_of(trainer),
             allow_unattributed=allow, positions=options.positions,
         )  # fmt: skip
@@ -101,19 +101,20 @@ class FitSession:
         # nothing is written, nor hooked in, before all that may refuse the fit has let it pass
         directory = output_directory(trainer, options.dirpath, used_before)
         self.recording_dir, self.machine_dir = directory / "recording", directory / "machine"
-        self._open(module, schedule)
+        self._open(module, nodes)
         self.recorder.capture.attach()
         self._handles: list[RemovableHandle] = []
         for optimizer in self.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before_raw_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
         self.history: list[dict[str, float]] = []
-        self._own_seconds = self._step_seconds = self._batch_started = 0.0
+        self._step_seconds = self._batch_started = 0.0
 
-    def _open(self, module: nn.Module, schedule: list[int]) -> None:
+    def _open(self, module: nn.Module, nodes: list[int] | NodeBudget) -> None:
         options, names = self._options, [type(o).__name__ for o in self.optimizers]
+        placed = asdict(nodes) if isinstance(nodes, NodeBudget) else nodes
         settings = {
-            "sketch_dim": options.sketch_dim, "nodes": schedule, "seed": options.seed, "sketch": options.sketch,
+            "sketch_dim": options.sketch_dim, "nodes": placed, "seed": options.seed, "sketch": options.sketch,
             "unattributed": options.unattributed, "positions": options.positions,
         }  # fmt: skip
         if self._ranks.rank == 0:
@@ -123,37 +124,29 @@ class FitSession:
             }  # fmt: skip
             open_recording(self.recording_dir, module, facts)
 
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        """Our own work: on the clock, and in full precision, for a step by hand may be within the step's autocast."""
-        start = time.perf_counter()
-        with torch.autocast(self._device, enabled=False):
-            yield
-        self._own_seconds += time.perf_counter() - start
-
     # every batch and step
 
     def begin_batch(self, rows: Sequence[BatchRows]) -> None:
         """A batch with these examples is coming."""
         self._batch_started = time.perf_counter()
         _check_size([part.ids for part in rows], self._options.positions)
-        with self._timed():
+        with self._timed:
             self.recorder.begin_batch(rows[0].ids if len(rows) == 1 else rows)
 
     def before_backward(self) -> None:
         """A backward pass is coming."""
-        with self._timed():
+        with self._timed:
             self.recorder.before_backward()
 
     def after_backward(self) -> None:
         """A backward pass is over."""
-        with self._timed():
+        with self._timed:
             scale = float(self._scaler.get_scale()) if self._manual and self._scaler is not None else 1.0
             self.recorder.after_backward(scale)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Gradients are complete, unscaled, and not clipped but under manual optimisation."""
-        with self._timed():
+        with self._timed:
             scale = 1.0
             if self._scaler is not None and not self._manual and not _unscales_by_itself(optimizer):
                 scale = float(self._scaler.get_scale())
@@ -170,7 +163,7 @@ class FitSession:
         skipped = getattr(optimizer, "found_inf", None)
         if skipped is not None and bool(skipped):  # a fused optimiser, told by the loss scaler to do nothing
             return
-        with self._timed():
+        with self._timed:
             self.recorder.after_step(optimizer)
 
     def end_batch(self) -> None:
@@ -187,7 +180,7 @@ class FitSession:
 
     def metrics(self) -> dict[str, float]:
         """How faithful the kernel machine is at this moment of training, by name; kept for the artifact."""
-        own = self._own_seconds + self.recorder.capture.seconds
+        own = self._timed.seconds + self.recorder.capture.seconds
         values = {"overhead": own / self._step_seconds if self._step_seconds else 0.0}
         if self._tracker is not None:
             values.update(self._tracker.metrics(self.recorder.snapshot()))
@@ -215,6 +208,35 @@ class FitSession:
         self.recorder.capture.detach()
         for handle in self._handles:
             handle.remove()
+
+
+class _Clock:
+    """Our own work: on the clock, and in full precision, for a step by hand may be within the step's autocast.
+
+    Args:
+        device: Type of device that the fit runs on.
+
+    Attributes:
+        seconds: Time spent so far, wall clock.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.seconds = 0.0
+        self._device = device
+        self._started = 0.0
+        self._full: torch.autocast | None = None
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+        if torch.is_autocast_enabled(self._device):  # making the context costs more than most of what we do
+            self._full = torch.autocast(self._device, enabled=False)
+            self._full.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        if self._full is not None:
+            self._full.__exit__(*error)
+            self._full = None
+        self.seconds += time.perf_counter() - self._started
 
 
 def _unscales_by_itself(optimizer: torch.optim.Optimizer) -> bool:

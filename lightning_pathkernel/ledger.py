@@ -12,7 +12,17 @@ from lightning_pathkernel.functional import kernel_machine_agreement, kernel_mac
 from lightning_pathkernel.network import Functional, Network, Tensors
 from lightning_pathkernel.path import QuadratureRule
 
-__all__ = ["BIAS_TERMS", "ERROR_TERMS", "LEDGER_TERMS", "ChordSpan", "bias", "chord_terms", "fidelity_metrics"]
+__all__ = [
+    "BIAS_TERMS",
+    "ERROR_TERMS",
+    "LEDGER_TERMS",
+    "ChordSpan",
+    "bias",
+    "chord_prediction",
+    "chord_terms",
+    "error_budget",
+    "fidelity_metrics",
+]
 
 ERROR_TERMS = ("quadrature", "sketch", "unattributed")
 BIAS_TERMS = ("initial", "decay", "buffers")
@@ -24,6 +34,20 @@ def bias(terms: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([terms[name] for name in BIAS_TERMS]).sum(0)
 
 
+def error_budget(terms: Mapping[str, Tensor], outputs: Tensor) -> dict[str, float]:
+    """What a prediction misses, by cause: norms relative to that of the learned change ``f - b``.
+
+    Args:
+        terms: Term of `LEDGER_TERMS` -> ``[n, K]``.
+        outputs: The network's outputs, ``[n, K]``.
+
+    Returns:
+        ``error_quadrature``, ``error_sketch`` and ``error_unattributed``.
+    """
+    change = (outputs - bias(terms)).norm().clamp_min(1e-30)
+    return {f"error_{name}": float(terms[name].norm() / change) for name in ERROR_TERMS}
+
+
 def fidelity_metrics(terms: Mapping[str, Tensor], outputs: Tensor) -> dict[str, float]:
     """How well bias and examples reproduce the network, by the terms of its ledger.
 
@@ -32,16 +56,14 @@ def fidelity_metrics(terms: Mapping[str, Tensor], outputs: Tensor) -> dict[str, 
         outputs: The network's outputs, ``[n, K]``.
 
     Returns:
-        ``fidelity``, ``agreement`` and the error budget ``error_quadrature``, ``error_sketch`` and
-        ``error_unattributed``: norms relative to that of the learned change ``f - b``.
+        ``fidelity``, ``agreement`` and the `error_budget`.
     """
     base = bias(terms)
     prediction = base + terms["examples"]
-    change = (outputs - base).norm().clamp_min(1e-30)
     return {
         "fidelity": float(kernel_machine_fidelity(prediction, outputs, base)),
         "agreement": float(kernel_machine_agreement(prediction, outputs)),
-        **{f"error_{name}": float(terms[name].norm() / change) for name in ERROR_TERMS},
+        **error_budget(terms, outputs),
     }
 
 
@@ -57,6 +79,7 @@ class ChordSpan:
         examples: What the stored examples add up to, back in weight space: the adjoint of the query sketch.
         decay: Displacement by weight decay; empty where there is none.
         residual: Displacement that no example and no decay accounts for; empty where there is none.
+        end: Weights at its last node, where ``start + delta`` does not give them to the last bit.
     """
 
     start: Tensors
@@ -66,9 +89,12 @@ class ChordSpan:
     examples: Tensors
     decay: Tensors = field(default_factory=dict)
     residual: Tensors = field(default_factory=dict)
+    end: Tensors = field(default_factory=dict)
 
     def weights(self, t: float) -> dict[str, Tensor]:
         """Weights at ``t`` in [0, 1] along the chord."""
+        if t == 1.0 and self.end:
+            return {**self.start, **self.end}
         return {name: w + t * self.delta[name] if name in self.delta else w for name, w in self.start.items()}
 
 
@@ -112,3 +138,33 @@ def chord_terms(
         "sketch": total - decay - residual - examples,
         "unattributed": residual,
     }
+
+
+def chord_prediction(network: Network, batch: object, span: ChordSpan, rule: QuadratureRule) -> tuple[Tensor, Tensor]:
+    """What one chord adds to the prediction and to the bias, at the least cost: one derivative per point of the rule.
+
+    The prediction's part is that of `chord_terms`, its examples and its decay taken as one direction. Decay's part of
+    the bias is taken at the middle of the chord only: the bias is what fidelity measures the learned change from.
+
+    Args:
+        network: The network.
+        batch: Queries.
+        span: The chord.
+        rule: Quadrature along it.
+
+    Returns:
+        Prediction's and bias's part, ``[n, K]`` each.
+    """
+    both = {name: d + span.decay[name] if name in span.decay else d for name, d in span.examples.items()}
+    both = {**span.decay, **both}
+    total = torch.zeros(())
+    for t, w in zip(rule.points, rule.weights, strict=True) if both else ():
+        total = total + w * network.jvps(batch, span.weights(t), span.end_buffers, [both])[0]
+    base = torch.zeros(())
+    if span.decay:
+        base = network.jvps(batch, span.weights(0.5), span.end_buffers, [span.decay])[0]
+    if span.end_buffers:
+        after = network.outputs(batch, span.start, span.end_buffers)
+        buffers = after - network.outputs(batch, span.start, span.start_buffers)
+        total, base = total + buffers, base + buffers
+    return total, base

@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from lightning_pathkernel.capture import matrix_shape
 from lightning_pathkernel.chord import Chord
-from lightning_pathkernel.functional import kernel_machine_fidelity
-from lightning_pathkernel.ledger import LEDGER_TERMS, bias, chord_terms, fidelity_metrics
-from lightning_pathkernel.network import Network
+from lightning_pathkernel.functional import kernel_machine_agreement, kernel_machine_fidelity
+from lightning_pathkernel.ledger import LEDGER_TERMS, ChordSpan, bias, chord_prediction, chord_terms, error_budget
+from lightning_pathkernel.network import Network, batch_size, take_rows
 from lightning_pathkernel.path import QuadratureRule
 from lightning_pathkernel.recording.basis import probe_gradients, random_cotangent
+from lightning_pathkernel.sketch import KroneckerSketch, SideMoments, SketchSettings, fit_sketch
 
-__all__ = ["ProbeTracker"]
+__all__ = ["LEDGER_PROBES", "ProbeTracker"]
 
-_VELOCITY_PROBES = 32
+LEDGER_PROBES = 32
+"""So many of the probes have a whole ledger, term by term; of the others only prediction and bias are followed."""
+_CHUNK = 64
+"""Probes in one pass: more of them leave the processor's caches."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """What is known of the probes at a node.
+
+    Attributes:
+        terms: Term of `LEDGER_TERMS` -> ``[m, K]``, of the first probes.
+        left: Prediction by the left-end rule, ``[m, K]``.
+        others: Prediction and bias of all other probes, chunk by chunk, ``[n, K]`` each.
+    """
+
+    terms: dict[str, Tensor]
+    left: Tensor
+    others: list[tuple[Tensor, Tensor]]
+
+    def prediction(self) -> Tensor:
+        """Of all probes, ``[N, K]``."""
+        return torch.cat([bias(self.terms) + self.terms["examples"], *(found for found, _ in self.others)])
+
+    def bias(self) -> Tensor:
+        """Of all probes, ``[N, K]``."""
+        return torch.cat([bias(self.terms), *(base for _, base in self.others)])
 
 
 class ProbeTracker:
@@ -24,48 +54,61 @@ class ProbeTracker:
         network: The network in training, at its first weights.
         probes: A batch of validation examples.
         rule: Quadrature along each chord: the kernel machine's.
-        seed: Seed of the fixed cotangents under which tangent kernels are compared.
+        seed: Seed of the fixed cotangents and projections under which tangent kernels are compared.
     """
 
     def __init__(self, network: Network, probes: object, rule: QuadratureRule, seed: int) -> None:
         self._network = network
-        self._probes = probes
+        self._first = take_rows(probes, slice(LEDGER_PROBES))
+        starts = range(LEDGER_PROBES, batch_size(probes), _CHUNK)
+        self._others = [take_rows(probes, slice(start, start + _CHUNK)) for start in starts]
         self._rule = rule
         self._seed = seed
         self._start, self._start_buffers = network.weights(), network.buffers()
-        self._initial = network.outputs(probes)
-        self._terms = {name: torch.zeros_like(self._initial) for name in LEDGER_TERMS}
-        self._terms["initial"] = self._initial
-        self._left = self._initial.clone()
-        self._tangent_kernel = self._kernel_matrix()
+        self._initial = self._outputs()
+        first, *others = self._initial
+        terms = {name: torch.zeros_like(first) for name in LEDGER_TERMS}
+        self.account = Account({**terms, "initial": first}, first.clone(), [(each, each) for each in others])
+        self._sketches = _random_sketches(network, seed)
+        self._tangent_kernel = self.kernel_matrix()
         self._velocity = 0.0
+
+    def _outputs(self) -> list[Tensor]:
+        """The network's outputs now, chunk by chunk."""
+        return [self._network.outputs(chunk) for chunk in (self._first, *self._others)]
 
     def advance(self, chord: Chord) -> None:
         """Take in a closed chord; the network stands at its last node."""
-        self._terms, self._left = self._after(chord)
-        now = self._kernel_matrix()
+        self.account = self._after(chord)
+        now = self.kernel_matrix()
         cosine = torch.nn.functional.cosine_similarity(now.flatten(), self._tangent_kernel.flatten(), dim=0)
         self._velocity, self._tangent_kernel = float(1 - cosine), now
 
-    def _after(self, chord: Chord) -> tuple[dict[str, Tensor], Tensor]:
+    def _after(self, chord: Chord) -> Account:
         for name, weight in chord.start.items():  # one that was frozen until now begins where it stood
             self._start.setdefault(name, weight)
-        found = chord_terms(self._network, self._probes, chord.span(), self._rule)
-        terms = {name: self._terms[name] + found.get(name, 0) for name in LEDGER_TERMS}
-        slope = self._network.jvps(self._probes, chord.start, chord.start_buffers, [chord.delta])[0]
-        return terms, self._left + slope + found["buffers"]
+        before, span = self.account, chord.span()
+        found = chord_terms(self._network, self._first, span, self._rule)
+        terms = {name: before.terms[name] + found.get(name, 0) for name in LEDGER_TERMS}
+        slope = self._network.jvps(self._first, chord.start, chord.start_buffers, [chord.delta])[0]
+        others = [self._further(*pair, span) for pair in zip(self._others, before.others, strict=True)]
+        return Account(terms, before.left + slope + found["buffers"], others)
 
-    def _kernel_matrix(self) -> Tensor:
-        """Tangent kernel of a few probes under fixed random cotangents, whole gradients, ``[m, m]``."""
+    def _further(self, chunk: object, known: tuple[Tensor, Tensor], span: ChordSpan) -> tuple[Tensor, Tensor]:
+        prediction, base = chord_prediction(self._network, chunk, span, self._rule)
+        return known[0] + prediction, known[1] + base
+
+    def kernel_matrix(self) -> Tensor:
+        """Tangent kernel of the first probes under fixed random cotangents and projections, ``[m, m]``."""
         generator = torch.Generator().manual_seed(self._seed)
-        blocks = probe_gradients(self._network, self._probes, random_cotangent(generator), rows=_VELOCITY_PROBES)
-        gram: Tensor | None = None
-        for uses in blocks.values():
-            whole = torch.stack([use.dense() for use in uses]).sum(0).flatten(1)
-            gram = whole @ whole.T if gram is None else gram + whole @ whole.T
-        if gram is None:
+        blocks = probe_gradients(self._network, self._first, random_cotangent(generator), rows=LEDGER_PROBES)
+        grams = []
+        for name, uses in blocks.items():
+            features = torch.stack([self._sketches[name].train(use) for use in uses]).sum(0)
+            grams.append(features @ features.T)
+        if not grams:
             raise RuntimeError("the probes' gradients are empty")
-        return gram
+        return torch.stack(grams).sum(0)
 
     def metrics(self, open_chord: Chord | None) -> dict[str, float]:
         """The metrics at this moment of training.
@@ -74,16 +117,33 @@ class ProbeTracker:
             open_chord: The chord in progress as if it ended here, or None right after a node.
 
         Returns:
-            Name -> value: ``fidelity``, ``agreement``, the error budget (norms relative to the learned change
-            ``f - b``), ``fidelity_left``, ``fidelity_linearized`` and ``kernel_velocity``.
+            Name -> value. Of all probes: ``fidelity``, ``agreement`` and ``fidelity_linearized``. Of the first
+            `LEDGER_PROBES`: the error budget (norms relative to the learned change ``f - b``), ``fidelity_left`` and
+            ``kernel_velocity``.
         """
-        terms, left = (self._terms, self._left) if open_chord is None else self._after(open_chord)
-        now = self._network.outputs(self._probes)
-        direction = {name: w - self._start[name] for name, w in self._network.weights().items()}
-        slope = self._network.jvps(self._probes, self._start, self._start_buffers, [direction])[0]
+        account = self.account if open_chord is None else self._after(open_chord)
+        chunks = self._outputs()
+        now, initial = torch.cat(chunks), torch.cat(self._initial)
         return {
-            **fidelity_metrics(terms, now),
-            "fidelity_left": float(kernel_machine_fidelity(left, now, bias(terms))),
-            "fidelity_linearized": float(kernel_machine_fidelity(self._initial + slope, now, self._initial)),
+            "fidelity": float(kernel_machine_fidelity(account.prediction(), now, account.bias())),
+            "agreement": float(kernel_machine_agreement(account.prediction(), now)),
+            **error_budget(account.terms, chunks[0]),
+            "fidelity_left": float(kernel_machine_fidelity(account.left, chunks[0], bias(account.terms))),
+            "fidelity_linearized": float(kernel_machine_fidelity(initial + self._linear(), now, initial)),
             "kernel_velocity": self._velocity,
         }
+
+    def _linear(self) -> Tensor:
+        """Change of all probes' outputs by the tangent kernel at the initial weights, ``[N, K]``."""
+        direction = {name: w - self._start[name] for name, w in self._network.weights().items()}
+        chunks = (self._first, *self._others)
+        return torch.cat([self._network.jvps(c, self._start, self._start_buffers, [direction])[0] for c in chunks])
+
+
+def _random_sketches(network: Network, seed: int) -> dict[str, KroneckerSketch]:
+    """One random sketch per parameter, those that learn only later included; the same at all nodes."""
+    generator, out = torch.Generator().manual_seed(seed), {}
+    for name, parameter in network.plan.parameters.items():
+        rows, columns = (SideMoments(parameter.new_zeros(1, d)) for d in matrix_shape(parameter.shape))
+        out[name] = fit_sketch(rows, columns, SketchSettings("random"), generator)
+    return out

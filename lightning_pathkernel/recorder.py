@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,10 +22,11 @@ from lightning_pathkernel.network import Network
 from lightning_pathkernel.optim import optimizer_rule
 from lightning_pathkernel.recording.batch import row_groups
 from lightning_pathkernel.recording.cancelling import warn_of_cancelling
-from lightning_pathkernel.recording.checks import NonFiniteError, past, sum_gaps, unseen
+from lightning_pathkernel.recording.checks import NonFiniteError, not_finite, past, sum_gaps, unseen
 from lightning_pathkernel.recording.fitting import SketchFitter, check_ranks
 from lightning_pathkernel.recording.followed import FollowedOptimizer, check_shared
-from lightning_pathkernel.recording.open_chord import OpenChord, compressed
+from lightning_pathkernel.recording.nodes import Nodes
+from lightning_pathkernel.recording.open_chord import OpenChord
 from lightning_pathkernel.recording.ranks import Ranks
 from lightning_pathkernel.recording.rows import StepRows
 from lightning_pathkernel.recording.settings import RecorderSettings
@@ -86,7 +86,7 @@ class PathRecorder:
         self._rows: list[StepRows] | None = None
         self._chord = OpenChord(network, self._ranks)
         self._due = False
-        self._ends = frozenset(settings.nodes[1:])
+        self._nodes = Nodes(settings.nodes, self._ranks)
 
     # one batch
 
@@ -104,7 +104,7 @@ class PathRecorder:
         for optimizer in self._optimizers:
             optimizer.forget_zeroed()
         self._close_if_due()
-        self._rows = [StepRows(ids, self._chord.arena) for ids in self._groups]
+        self._rows = [StepRows(ids, self._chord.arena, self._chord.room) for ids in self._groups]
         self.capture.listen(self._take)
 
     def _take(self, group: int, name: str, gradient: PerExampleGradient) -> None:
@@ -177,8 +177,7 @@ class PathRecorder:
         seen = followed.parts or self.settings.allow_unattributed
         if not seen and any(p.grad is not None and bool(p.grad.any()) for p in received.values()):
             raise CaptureError(unseen(self.steps))
-        if self._chord.displacement.remembers or followed.updates.decaying():
-            self._chord.displacement.remember(self.network.parameters)
+        followed.updates.expect_decay(self._chord.displacement, self.network.parameters)
 
     def prepared(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether `before_step` has been called for the step in progress."""
@@ -223,8 +222,9 @@ class PathRecorder:
             self._record(followed, followed.received)
         followed.prepared, followed.received = False, {}
         self.steps += 1
-        self._due = self._due or self._at_node()
+        self._due = self._due or self._at_node(followed)
         if self._chord.full:
+            self._settle()
             self._chord.fold([part for each in self._optimizers for part in each.parts])
         if not self.settings.manual:
             self._close_if_due()
@@ -234,7 +234,8 @@ class PathRecorder:
     def _record(self, followed: FollowedOptimizer, received: dict[str, Tensor]) -> None:
         factor, foreign = self._changes(followed)
         self._check_finite(followed, factor)
-        foreign.update(self._uncaptured(followed, received))
+        if self.settings.allow_unattributed:
+            foreign.update(followed.uncaptured())
         chord = self._chord
         moved = followed.updates.take(chord.displacement, foreign)
         if moved:
@@ -254,34 +255,21 @@ class PathRecorder:
                 "supported, changes by hand are not."
             ) from error
 
-    def _uncaptured(self, followed: FollowedOptimizer, received: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients of parameters for which no row has anything, and which may be left unattributed."""
-        if not self.settings.allow_unattributed or followed.updates.rule is None:
-            return {}
-        seen = set().union(*(part.names() for part in followed.parts))
-        return {n: p.grad.detach().clone() for n, p in received.items() if n not in seen and p.grad is not None}
-
     def _check_finite(self, followed: FollowedOptimizer, factor: float) -> None:
         value = factor
         if self.settings.changes == "none":
             if self._ranks.world == 1 and followed.parts and self._chord.fitted:
-                # a loss that is not finite leaves no row finite: cheaper to see than in all norms
-                value = followed.parts[-1].total()
+                # a loss that is not finite leaves no layer's gradients finite: cheaper to see than in all norms
+                value = followed.parts[-1].first_total()
             else:
                 value = followed.norm()
         if not math.isfinite(value):
-            raise NonFiniteError(
-                f"gradients are not finite at optimiser step {self.steps}: the path ends there. Everything up to step "
-                f"{self._chord.first_step} was recorded. Lower the learning rate, clip, or check the data."
-            )
+            raise NonFiniteError(not_finite(self.steps, self._chord.first_step))
 
     # one chord
 
-    def _at_node(self) -> bool:
-        nodes = self.settings.nodes
-        if self.steps <= nodes[-1]:
-            return self.steps in self._ends
-        return (self.steps - nodes[-1]) % (nodes[-1] - nodes[-2]) == 0
+    def _at_node(self, followed: FollowedOptimizer) -> bool:
+        return self._nodes.due(self.steps, self.network.parameters, self._chord.displacement, followed.updates)
 
     def _close_if_due(self) -> None:
         """A chord ends when its last step was taken and no gradient waits for another one."""
@@ -332,13 +320,13 @@ class PathRecorder:
                 self._on_chord(remainder)
 
     def _close(self) -> None:
-        chord = self._chord.snapshot(self.steps, influences=True)
+        chord = self._snapshot(influences=True)
         if chord is None:
             return
         for name, value in chord.delta.items():
             if not bool(value.isfinite().all()):
                 raise NonFiniteError(f"weights of {name!r} are not finite at optimiser step {self.steps}")
-        chord = compressed(chord, self._ranks, partial(self._fitter.second_stage, chord), self.settings.sketch_dim)
+        chord = self._fitter.closed(chord)
         for optimizer in self._optimizers:
             optimizer.end_chord()
         self._chord.follow(self.steps)
@@ -347,4 +335,12 @@ class PathRecorder:
 
     def snapshot(self) -> Chord | None:
         """The open chord as if it ended here, with first-stage rows; None where nothing was learned since its node."""
-        return self._chord.snapshot(self.steps)
+        return self._snapshot(influences=False)
+
+    def _snapshot(self, influences: bool) -> Chord | None:
+        self._settle()
+        return self._chord.snapshot(self.steps, influences)
+
+    def _settle(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.updates.settle(self._chord.displacement)

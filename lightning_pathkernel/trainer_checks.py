@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lightning_pathkernel.path import node_schedule
+from lightning_pathkernel.path import NodeBudget, node_schedule
 from lightning_pathkernel.recording.received import Changes
 
 __all__ = [
@@ -141,27 +141,34 @@ def clips_by_itself(pl_module: Any) -> bool:
     return not owner.startswith(("pytorch_lightning.", "lightning.pytorch."))
 
 
-def training_nodes(trainer: Any, nodes: int, optimizers: int = 1) -> list[int]:
-    """Optimiser steps at which chords end, over the whole fit.
+def training_nodes(
+    trainer: Any, nodes: int, optimizers: int = 1, tolerance: float | None = None
+) -> list[int] | NodeBudget:
+    """Where chords end, over the whole fit.
 
     Args:
         trainer: The Trainer, its loaders set up.
         nodes: Chords asked for.
         optimizers: Steps that every batch is expected to make.
+        tolerance: Drift at which a chord ends, ``nodes`` then being the most chords; None for a schedule.
 
     Returns:
-        Steps, the first one 0; every step where fewer are to come than chords were asked for, with a warning.
+        The optimiser steps of a schedule, the first one 0; every step where fewer are to come than chords were asked
+        for, with a warning. With a tolerance, that and the budget.
 
     Raises:
-        FitError: If the fit has no end.
+        FitError: If a schedule is asked for and the fit has no end.
     """
     steps = trainer.estimated_stepping_batches * optimizers
     if trainer.max_steps > 0:
         steps = min(steps, trainer.max_steps)
-    if steps == float("inf") or steps < 1:
+    unknown = steps == float("inf") or steps < 1
+    if tolerance is not None:
+        return NodeBudget(tolerance, nodes, None if unknown else int(steps))
+    if unknown:
         raise FitError(
             "PathKernelCallback places its nodes over the whole fit: give the Trainer max_epochs or max_steps; "
-            "max_steps where the loader has no length."
+            "max_steps where the loader has no length. With tolerance= the end need not be known."
         )
     if nodes > steps:
         warnings.warn(

@@ -14,7 +14,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 __all__ = [
     "DenseGradient",
@@ -68,7 +67,10 @@ class PerExampleGradient(Protocol):
 
 
 def _thin(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else F.linear(x, factor)
+    """``x @ factor.T``, as a product with few rows: few columns cost BLAS up to twice as much (docs/benchmarks.md)."""
+    if factor is None:
+        return x
+    return (factor @ x.flatten(0, -2).T).T.view(*x.shape[:-1], factor.shape[0])
 
 
 def dense_moments(gradients: Tensor) -> tuple[Tensor, Tensor]:

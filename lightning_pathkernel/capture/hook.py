@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 __all__ = ["OwnHook"]
 
 
-class OwnHook:
+class OwnHook(partial[None]):
     """A hook of ours on a module.
 
     A pickle or a deep copy of the module, such as a checkpoint or somebody's best model so far, has in its place a hook
@@ -18,14 +19,7 @@ class OwnHook:
         function: What to call.
     """
 
-    __slots__ = ("_function",)
-
-    def __init__(self, function: Callable[..., None]) -> None:
-        self._function = function
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Call the function."""
-        return self._function(*args, **kwargs)
+    __slots__ = ()
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
         """What is pickled and copied."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +102,7 @@ class GradientCapture:
         """A hook for a layer with a rule, short because it runs in every step."""
         dim, least = batch_dimension(owner.module), least_dimension(owner.module)
         parameters = [self._parameters[name] for name in owner.parameters.values()]
+        groups, random, key = self._groups, self._random, id(owner.module)
 
         def after_forward(
             module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
@@ -116,11 +116,16 @@ class GradientCapture:
                 return
             start = time.perf_counter()
             first = args[0] if len(args) == 1 and not kwargs else None
-            if type(first) is not Tensor or type(output) is not Tensor:
-                fits = self._batched(module, args, kwargs, output)
-            else:
+            if type(first) is Tensor and type(output) is Tensor:
                 shape, shape_out = first.shape, output.shape
-                fits = len(shape) > least < len(shape_out) and shape[dim] == self._groups.n == shape_out[dim]
+                fits = len(shape) > least < len(shape_out) and shape[dim] == groups.n == shape_out[dim]
+                if fits and key not in random:
+                    if output.requires_grad:
+                        output.register_hook(_Call(self, owner, (first.detach(),), kwargs, 0, None))
+                    self.seconds += time.perf_counter() - start
+                    return
+            else:
+                fits = self._batched(module, args, kwargs, output)
             if fits:
                 self._watch(owner, args, kwargs, output)
             elif torch.is_grad_enabled():
@@ -172,6 +177,8 @@ class GradientCapture:
         Raises:
             CaptureError: If a parameter's gradient could not be split among the examples.
         """
+        if not self._pending:
+            return
         # checkpointing runs layers again in the backward pass; that their first run found who answers is enough
         found = self._recomputed & self._answered
         names = sorted({name for owned in self._pending.values() for name in owned.values()} - found)
@@ -245,41 +252,36 @@ class GradientCapture:
         kwargs: dict[str, object],
         output: object,
     ) -> None:
-        if type(output) is Tensor and len(args) == 1 and type(args[0]) is Tensor and not kwargs:
-            tensors, args = [output], (args[0].detach(),)
-        else:
-            tensors = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
-            args, kwargs = pytree.tree_map(_detached, (args, kwargs))
+        tensors = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor)]
+        args, kwargs = pytree.tree_map(_detached, (args, kwargs))
         state = None
         before = self._random.pop(id(owner.module), None)
         if tensors and (owner.rule is None or before is not None):
             state = call_state(owner.module, before, tensors[0].device)
-        about = _Call(owner, owner.module.training, self._groups.n, self._groups.current, self._batch, state)
         for index, tensor in enumerate(tensors):
             if tensor.requires_grad:
-                # emptied when the gradient arrives: an input kept any longer is memory that backward cannot use again
-                held = [(args, kwargs)]
-                tensor.register_hook(lambda grad, i=index, held=held: self._on_gradient(grad, i, held, about))
+                tensor.register_hook(_Call(self, owner, args, kwargs, index, state))
 
-    def _on_gradient(self, grad: Tensor, index: int, held: list[_Arguments], about: _Call) -> None:
-        if self._sink is None:
-            return
+    def _on_gradient(self, grad: Tensor, noted: _Call) -> None:
         start = time.perf_counter()
-        if not held or about.batch != self._batch:
-            raise CaptureError(_stale(about.owner.path, earlier_batch=about.batch != self._batch))
-        args, kwargs = held[0] if self.retain else held.pop()
+        arguments = noted.arguments
+        if arguments is None or noted.batch != self._batch:
+            raise CaptureError(_stale(noted.owner.path, earlier_batch=noted.batch != self._batch))
+        if not self.retain:
+            noted.arguments = None
         received = grad.detach() if grad.requires_grad else grad
-        call = LayerCall(args, kwargs, index, received, about.training, about.n, about.state)
-        if torch.is_grad_enabled():  # backward(create_graph=True)
-            with torch.no_grad():
-                self._send(about, call)
+        call = LayerCall(*arguments, noted.index, received, noted.training, noted.n, noted.state)
+        if noted.group is None:
+            self._groups.refuse(noted.owner.path)
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(grad.device.type):
+            with torch.no_grad(), full_precision(grad):  # backward(create_graph=True), or a step under autocast
+                self._send(noted.owner, noted.group, call)
         else:
-            self._send(about, call)
+            self._send(noted.owner, noted.group, call)
         self.seconds += time.perf_counter() - start
 
-    def _send(self, about: _Call, call: LayerCall) -> None:
-        sink, owner = self._sink, about.owner
-        group = about.group if about.group is not None else self._groups.refuse(owner.path)
+    def _send(self, owner: OwnedLayer, group: int, call: LayerCall) -> None:
+        sink, parameters = self._sink, self._parameters
         if sink is None:
             return
         if self.positions:
@@ -287,27 +289,41 @@ class GradientCapture:
                 raise CaptureError(unsplit(list(owner.parameters.values())))
             call = by_position(call, self.positions)
         found: Mapping[str, PerExampleGradient]
-        names = [name for name, canonical in owner.parameters.items() if self._parameters[canonical].requires_grad]
-        with full_precision(call.grad_output):
-            if owner.rule is None:
-                with self.paused():
-                    found = fallback_gradients(owner.module, call, names)
-            else:
-                found = owner.rule(owner.module, in_parameter_dtype(owner.module, call))
-            for name in names:
-                if name in found:
-                    sink(group, owner.parameters[name], found[name])
+        if owner.rule is not None:
+            found = owner.rule(owner.module, in_parameter_dtype(owner.module, call))
+        else:
+            with self.paused():
+                names = [name for name, whole in owner.parameters.items() if parameters[whole].requires_grad]
+                found = fallback_gradients(owner.module, call, names)
+        for name, canonical in owner.parameters.items():
+            if name in found and parameters[canonical].requires_grad:
+                sink(group, canonical, found[name])
 
 
-class _Call(NamedTuple):
-    """What is known of a layer's call besides its arguments."""
+class _Call:
+    """A hook on one output of one call of a layer, with what is known of the call.
 
-    owner: OwnedLayer
-    training: bool
-    n: int
-    group: int | None
-    batch: int
-    state: CallState | None
+    ``arguments`` is emptied when the gradient arrives: an input kept any longer is memory that the backward pass cannot
+    use again.
+    """
+
+    __slots__ = ("arguments", "batch", "capture", "group", "index", "n", "owner", "state", "training")
+
+    def __init__(
+        self, capture: GradientCapture, owner: OwnedLayer, args: tuple[object, ...], kwargs: dict[str, object],
+        index: int, state: CallState | None,
+    ) -> None:  # fmt: skip
+        self.capture = capture
+        self.owner = owner
+        self.arguments: _Arguments | None = (args, kwargs)
+        self.index = index
+        self.state = state
+        self.training = owner.module.training
+        self.n, self.group, self.batch = capture._groups.n, capture._groups.current, capture._batch
+
+    def __call__(self, grad: Tensor) -> None:
+        if self.capture._sink is not None:
+            self.capture._on_gradient(grad, self)
 
 
 def _parents(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:

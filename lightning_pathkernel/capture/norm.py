@@ -14,17 +14,17 @@ __all__ = ["batch_norm_rule", "group_norm_rule", "layer_norm_rule", "rms_norm_ru
 
 
 def _trailing(layer: nn.Module, call: LayerCall, normalised: Tensor) -> dict[str, PerExampleGradient]:
-    """Parameters shaped like the trailing dimensions: sum over the shared positions before them."""
+    """Parameters shaped like the trailing dimensions: sum over the positions before them; overwrites ``normalised``."""
     shape = cast(Tensor, layer.weight).shape
     grads = call.grad_output.reshape(call.n, -1, *shape)
-    scaled = grads * normalised.reshape(grads.shape)
+    scaled = normalised.reshape(grads.shape).mul_(grads)
     return _collect(layer, scaled.sum(1), grads.sum(1), shape[0] if len(shape) else 1)
 
 
 def _channels(layer: nn.Module, call: LayerCall, normalised: Tensor) -> dict[str, PerExampleGradient]:
-    """Parameters with one entry per channel (dimension 1): sum over the positions after it."""
+    """Parameters with one entry per channel (dimension 1): sum over the positions after it; as `_trailing`."""
     grads = call.grad_output.reshape(*call.grad_output.shape[:2], -1)
-    scaled = grads * normalised.reshape(grads.shape)
+    scaled = normalised.reshape(grads.shape).mul_(grads)
     return _collect(layer, scaled.sum(2), grads.sum(2), grads.shape[1])
 
 

@@ -33,8 +33,12 @@ def in_parameter_dtype(layer: nn.Module, call: LayerCall) -> LayerCall:
     Returns:
         The same call where nothing was lower, else a copy with tensors cast up; nothing is ever cast down.
     """
-    own = next((p for p in layer._parameters.values() if p is not None), None)
-    dtype = (next(layer.parameters()) if own is None else own).dtype
+    for own in layer._parameters.values():
+        if own is not None:
+            break
+    else:
+        own = next(layer.parameters())
+    dtype = own.dtype
     first = call.args[0] if len(call.args) == 1 and not call.kwargs else None
     if call.grad_output.dtype is dtype and isinstance(first, Tensor) and not _low(first, dtype):
         return call

@@ -206,7 +206,7 @@ class TrainingIds:
                 f"{UNKNOWN}: the sampler of the {place.called} drew index {int(indices.max())} of a dataset of length "
                 f"{place.length}, an id of the dataset after it. Correct the dataset's __len__. {REMEDY}"
             )
-        return indices + place.offset
+        return indices + place.offset if place.offset else indices
 
     def _check_rows(self, ids: Tensor, place: Place, part: Any) -> None:
         sizes = dict.fromkeys(int(leaf.shape[0]) for leaf in tensors_in(part) if leaf.dim())

@@ -2,6 +2,7 @@
 
 from lightning_pathkernel.optim import adam, adaptive, rprop, sgd  # noqa: F401  (they register their rules)
 from lightning_pathkernel.optim.rules import (
+    ForeseeableRule,
     OptimizerRule,
     ParameterUpdate,
     UnsupportedOptimizerError,
@@ -11,6 +12,7 @@ from lightning_pathkernel.optim.rules import (
 )
 
 __all__ = [
+    "ForeseeableRule",
     "OptimizerRule",
     "ParameterUpdate",
     "UnsupportedOptimizerError",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,9 +30,8 @@ class _Averaging:
 
     def update(self, group: Mapping[str, Any], state: Mapping[str, Any], first: bool) -> ParameterUpdate:
         """The scalars of the latest step."""
-        beta1, rate, decay = float(group["betas"][0]), float(group["lr"]), float(group["weight_decay"])
+        beta1, rate = float(group["betas"][0]), float(group["lr"])
         from_buffer, from_gradient = self._weights(group, state)
-        decoupled = bool(group.get("decoupled_weight_decay", False))
         return ParameterUpdate(
             rate=rate,
             keep=beta1,
@@ -39,9 +39,20 @@ class _Averaging:
             from_buffer=from_buffer,
             from_gradient=from_gradient,
             sign=-1.0 if group["maximize"] else 1.0,
-            coupled_decay=0.0 if decoupled else decay,
-            decay_rate=rate * decay if decoupled else 0.0,
+            coupled_decay=0.0 if group.get("decoupled_weight_decay", False) else float(group["weight_decay"]),
+            decay_rate=self.decay_rate(group),
         )
+
+    def decay_rate(self, group: Mapping[str, Any]) -> float:
+        """Learning rate times weight decay, where the group decouples it."""
+        return float(group["lr"]) * float(group["weight_decay"]) if group.get("decoupled_weight_decay", False) else 0.0
+
+    def rise(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+        """V falls by beta2 at most, and not at all under amsgrad; the bias correction ``1 - beta2^t`` grows."""
+        beta2, step = float(group["betas"][1]), float(state["step"])
+        keep = 1.0 if group.get("amsgrad") else beta2
+        before = keep * (1.0 - beta2**step)
+        return math.sqrt((1.0 - beta2 ** (step + 1.0)) / before) if before > 0 else math.inf
 
     def _weights(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[float, float]:
         """``from_buffer`` and ``from_gradient``."""
@@ -100,6 +111,14 @@ class RAdamRule(_Averaging):
     In the first steps, while the variance of the adaptive rate is not tractable, D is 1.
     """
 
+    def rise(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+        """V falls by beta2 at most; ``r sqrt(1 - beta2^t)`` grows."""
+        beta2, step = float(group["betas"][1]), float(state["step"])
+        before, after = _rectified(beta2, step), _rectified(beta2, step + 1.0)
+        if before is None or after is None or beta2 == 0:
+            return math.inf
+        return after / before / math.sqrt(beta2)
+
     def denominators(
         self, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]], directions: Sequence[Tensor]
     ) -> list[Tensor]:
@@ -125,6 +144,11 @@ def _rectified(beta2: float, step: float) -> float | None:
 @register_optimizer_rule(torch.optim.Adamax)
 class AdamaxRule(_Averaging):
     """Adamax (Kingma and Ba 2015, algorithm 2): ``D = 1 / u``, u the decaying maximum of ``|h| + eps``."""
+
+    def rise(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+        """U falls by beta2 at most."""
+        beta2 = float(group["betas"][1])
+        return 1.0 / beta2 if beta2 > 0 else math.inf
 
     def denominators(
         self, group: Mapping[str, Any], states: Sequence[Mapping[str, Any]], directions: Sequence[Tensor]

@@ -20,12 +20,13 @@ so that every gradient keeps the D of its own step.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, overload
+from typing import Any, NamedTuple, Protocol, overload, runtime_checkable
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "ForeseeableRule",
     "OptimizerRule",
     "ParameterUpdate",
     "UnsupportedOptimizerError",
@@ -90,6 +91,22 @@ class OptimizerRule(Protocol):
         Returns:
             New tensors, which the caller may overwrite; infinite where D is 0, and never 0 where the direction is.
         """
+        ...
+
+
+@runtime_checkable
+class ForeseeableRule(OptimizerRule, Protocol):
+    """What some rules know of the step to come. It spares the recorder work in every step, and changes no result.
+
+    For diagonal optimisers that multiply D with their momentum buffer.
+    """
+
+    def decay_rate(self, group: Mapping[str, Any]) -> float:
+        """`ParameterUpdate.decay_rate` of the step to come; 0 where there is none, or where decay is coupled."""
+        ...
+
+    def rise(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+        """Factor by which D grows at most in the parameter's next step; infinite where that is not known."""
         ...
 
 

@@ -16,7 +16,10 @@ __all__ = ["Arena", "Slot"]
 
 
 class Slot(NamedTuple):
-    """A matrix ``[n, k]``: the numbers of ``block``'s storage from ``start`` on."""
+    """A matrix ``[n, k]``, column after column: the numbers of ``block``'s storage from ``start`` on.
+
+    In this order a thin product is one with few rows: few columns cost BLAS up to twice as much (docs/benchmarks.md).
+    """
 
     block: Tensor
     start: int
@@ -25,7 +28,7 @@ class Slot(NamedTuple):
 
     def view(self) -> Tensor:
         """The matrix."""
-        return self.block.as_strided((self.n, self.k), (self.k, 1), self.start)
+        return self.block.as_strided((self.n, self.k), (1, self.n), self.start)
 
 
 class Arena:

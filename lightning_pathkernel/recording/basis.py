@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,27 +13,25 @@ from lightning_pathkernel.chord import Chord, QueryBuffer
 from lightning_pathkernel.network import Network, Tensors, take_rows
 from lightning_pathkernel.path import QuadratureRule
 from lightning_pathkernel.recording.ranks import Ranks
-from lightning_pathkernel.sketch import KroneckerSketch, SideMoments, SketchSettings, fit_sketch, rank_one_log
+from lightning_pathkernel.recording.samples import preconditioned_samples, scaled_samples
+from lightning_pathkernel.sketch import (
+    KroneckerSketch,
+    SideMoments,
+    SketchSettings,
+    fit_sketch,
+    fit_sketches,
+    rank_one_log,
+)
 
-__all__ = ["Blocks", "dense_sample", "fit_basis", "probe_gradients", "query_features", "random_cotangent"]
+__all__ = ["Blocks", "fit_basis", "probe_gradients", "query_features", "random_cotangent"]
 
 Blocks = Mapping[str, Sequence[PerExampleGradient]]
 """Parameter -> per-example gradients of each of its uses; the uses add up."""
 
-Sketches = Mapping[str, KroneckerSketch]
+_FACTORS = ("train_left", "train_right", "query_left", "query_right")
 
-_DENSE_NUMBERS = 1 << 22
-"""At most this many numbers of per-example gradients are formed at once."""
-
-
-def dense_sample(uses: Sequence[PerExampleGradient], shape: tuple[int, int], rows: int | None = None) -> Tensor:
-    """Gradients of as many leading examples as fit, formed whole and added over the uses, ``[m, r, c]``."""
-    fit = max(8, _DENSE_NUMBERS // (shape[0] * shape[1]))
-    count = min(uses[0].n, fit if rows is None else min(fit, rows))
-    total = uses[0].take(slice(count)).dense()
-    for use in uses[1:]:
-        total = total + use.take(slice(count)).dense()
-    return total
+Scale = tuple[Tensor, Tensor]
+"""``left [r]`` and ``right [c]`` of a rank-one matrix."""
 
 
 def random_cotangent(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
@@ -76,28 +75,6 @@ def query_features(
     return torch.cat(parts)
 
 
-def _sides(gradients: Tensor) -> tuple[Tensor, Tensor]:
-    return gradients.transpose(1, 2).reshape(-1, gradients.shape[1]), gradients.reshape(-1, gradients.shape[2])
-
-
-def _all_moments(
-    uses: Sequence[PerExampleGradient], shape: tuple[int, int], scale: Tensor | None, ranks: Ranks
-) -> tuple[Tensor, Tensor]:
-    """Samples of all processes, in which each has its share of those that one process would take."""
-    rows, columns = _moments(uses, shape, scale, ranks.world)
-    return ranks.rows(rows), ranks.rows(columns)
-
-
-def _moments(
-    uses: Sequence[PerExampleGradient], shape: tuple[int, int], scale: Tensor | None, world: int = 1
-) -> tuple[Tensor, Tensor]:
-    if scale is None and len(uses) == 1:
-        fit = max(8, _DENSE_NUMBERS // (shape[0] * shape[1]))
-        return uses[0].take(slice(max(fit // world, 1))).moments()
-    dense = dense_sample(uses, shape, rows=64 // world)
-    return _sides(dense if scale is None else dense * scale)
-
-
 def fit_basis(
     train: Blocks,
     probes: Mapping[str, list[PerExampleGradient]],
@@ -110,7 +87,8 @@ def fit_basis(
 ) -> dict[str, KroneckerSketch]:
     """Choose a sketch for every parameter, over a rank-one square root of the preconditioner where there is one.
 
-    A parameter that the chord's first batch did not reach gets a random sketch.
+    A parameter that the chord's first batch did not reach gets a random sketch. A bias takes over its weight's
+    left factor, so that one product serves both.
 
     Args:
         train: Gradients of the chord's first batch.
@@ -124,70 +102,112 @@ def fit_basis(
         ranks: The processes whose samples are put together.
 
     Returns:
-        Parameter -> sketch, the same on all processes.
+        Parameter -> sketch, the same on all processes, in the order of ``shapes``.
     """
-    sketches: dict[str, KroneckerSketch] = {}
-    like = next(iter(train.values()))[0].total()
-    device, dtype = like.device, like.dtype
-    for name, size in shapes.items():
-        shape = matrix_shape(size)
+    scales: dict[str, Scale | None] = {}
+    sides: dict[str, tuple[SideMoments, SideMoments]] = {}
+    riding: dict[str, str] = {}
+    for name in shapes:
         if name not in train:
-            sides = tuple(torch.zeros(1, d, device=device, dtype=dtype) for d in shape)
-            random = SketchSettings("random", settings.width)
-            sketches[name] = _fit_sides((sides[0], sides[1]), None, random, generator)
             continue
-        diagonal = preconditioner[name].reshape(shape) if name in preconditioner else None
-        weight = _weight_of(train[name], train, sketches) if diagonal is None else None
+        scales[name] = _scale(preconditioner.get(name))
+        sides[name] = _samples(name, train, probes, preconditioner, direction, scales[name], settings, generator, ranks)
+        weight = _weight_of(name, train, sides)
         if weight is not None:
-            sketches[name] = KroneckerSketch(shape[0], 1, weight.train_left, None, weight.query_left, None)
-            continue
-        moving = direction[name].reshape(shape)
-        sketches[name] = _fit_one(train[name], probes.get(name), diagonal, moving, settings, generator, ranks)
-    if ranks.world > 1:
-        sketches = {name: sketch.with_tensors(ranks.first(sketch.tensors())) for name, sketch in sketches.items()}
-    return sketches
+            riding[name] = weight
+    owners = {name: both for name, both in sides.items() if name not in riding}
+    riders = Counter(riding.values())
+    found = fit_sketches(owners, riders, settings, generator)
+    for name, scale in scales.items():
+        if scale is not None and name in found:
+            found[name] = found[name].scaled(*scale)
+    for name, weight in riding.items():
+        found[name] = _riding(found[weight], sides[name][0].train, scales[name], scales[weight], settings)
+    like = next(iter(train.values()))[0].total()
+    for name in shapes.keys() - train.keys():
+        found[name] = _random(matrix_shape(shapes[name]), settings, generator, like)
+    return _same({name: found[name] for name in shapes}, ranks, like)
 
 
-def _weight_of(uses: Sequence[PerExampleGradient], train: Blocks, known: Sketches) -> KroneckerSketch | None:
-    """The sketch of the weight whose left factors a bias shares, so that one product serves both."""
+def _scale(diagonal: Tensor | None) -> Scale | None:
+    """The rank-one square root of a preconditioner, None for the identity."""
+    if diagonal is None:
+        return None
+    matrix = diagonal.reshape(matrix_shape(diagonal.shape))
+    return rank_one_log(matrix.sqrt(), (matrix > 0).to(matrix))
+
+
+def _samples(
+    name: str, train: Blocks, probes: Blocks, preconditioner: Tensors, direction: Tensors, scale: Scale | None,
+    settings: SketchSettings, generator: torch.Generator, ranks: Ranks,
+) -> tuple[SideMoments, SideMoments]:  # fmt: skip
+    """Samples of both sides of one parameter, scaled; those of training gradients from all processes."""
+    moving = direction[name].reshape(matrix_shape(direction[name].shape))
+    shape = (int(moving.shape[0]), int(moving.shape[1]))
+    rows, columns = (ranks.rows(x) * ranks.world**-0.5 for x in scaled_samples(train[name], shape, scale, generator))
+    outer = None if scale is None else scale[0].unsqueeze(1) * scale[1]
+    moving = moving if outer is None else moving * outer
+    # the sum over examples lies in this direction, and the second moment of single examples hardly shows it
+    moving = moving * (settings.direction**0.5 * rows.norm() / moving.norm().clamp_min(1e-30))
+    trained = torch.cat([rows, moving.T]), torch.cat([columns, moving])
+    if name not in probes:
+        return SideMoments(trained[0]), SideMoments(trained[1])
+    if outer is None:
+        queried = scaled_samples(probes[name], shape, None, generator)
+    else:
+        queried = preconditioned_samples(probes[name], preconditioner[name].reshape(shape) / outer, generator)
+    return SideMoments(trained[0], queried[0]), SideMoments(trained[1], queried[1])
+
+
+def _weight_of(name: str, train: Blocks, known: Iterable[str]) -> str | None:
+    """The weight whose left factors a bias shares."""
+    uses = train[name]
     if len(uses) > 1 or not isinstance(uses[0], VectorGradient):
         return None
-    for name, sketch in known.items():
-        other = train.get(name, ())
+    for weight in known:
+        other = train[weight]
         if len(other) == 1 and isinstance(other[0], OuterGradient) and other[0].left is uses[0].values:
-            return sketch
+            return weight
     return None
 
 
-def _fit_one(
-    train: Sequence[PerExampleGradient], probes: list[PerExampleGradient] | None, diagonal: Tensor | None,
-    moving: Tensor, settings: SketchSettings, generator: torch.Generator, ranks: Ranks,
-) -> KroneckerSketch:  # fmt: skip
-    shape = (int(moving.shape[0]), int(moving.shape[1]))
-    if diagonal is None:
-        trained = _with_direction(_all_moments(train, shape, None, ranks), moving, settings.direction)
-        queried = None if probes is None else _moments(probes, shape, None)
-        return _fit_sides(trained, queried, settings, generator)
-    left, right = rank_one_log(diagonal.sqrt(), (diagonal > 0).to(diagonal))
-    scale = left.unsqueeze(1) * right
-    trained = _with_direction(_all_moments(train, shape, scale, ranks), moving * scale, settings.direction)
-    queried = None if probes is None else _moments(probes, shape, diagonal / scale)
-    return _fit_sides(trained, queried, settings, generator).scaled(left, right)
-
-
-def _with_direction(moments: tuple[Tensor, Tensor], moving: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """Add the direction of the displacement to the samples, with ``weight`` times the energy of all of them."""
-    # the sum over examples lies in this direction, and the second moment of single examples hardly shows it
-    rows, columns = moments
-    moving = moving * (weight**0.5 * rows.norm() / moving.norm().clamp_min(1e-30))
-    return torch.cat([rows, moving.T]), torch.cat([columns, moving])
-
-
-def _fit_sides(
-    train: tuple[Tensor, Tensor],
-    query: tuple[Tensor, Tensor] | None,
-    settings: SketchSettings,
-    generator: torch.Generator,
+def _riding(
+    weight: KroneckerSketch, samples: Tensor, scale: Scale | None, above: Scale | None, settings: SketchSettings
 ) -> KroneckerSketch:
-    rows, columns = query or (None, None)
-    return fit_sketch(SideMoments(train[0], rows), SideMoments(train[1], columns), settings, generator)
+    """The sketch of a bias with its weight's training factor P, and ``(P C P^T)^-1 P C`` on the query side."""
+    # with C the second moment of the bias's gradients: their best reconstruction from P g, whatever is asked
+    factor = weight.train_left
+    if factor is None:
+        return KroneckerSketch(weight.rows, 1)
+    x = samples if scale is None else samples / (scale[0] * scale[1])
+    u = torch.ones_like(factor[0]) if above is None else above[0]
+    x, p = (x * u).double(), (factor / u).double()
+    moment = x.T @ x
+    moment += settings.ridge * moment.diagonal().mean().clamp_min(1e-30) * torch.eye(len(moment)).to(moment)
+    query = torch.linalg.solve(p @ moment @ p.T, p @ moment).to(factor) / u
+    return KroneckerSketch(weight.rows, 1, factor, None, query, None)
+
+
+def _random(
+    shape: tuple[int, int], settings: SketchSettings, generator: torch.Generator, like: Tensor
+) -> KroneckerSketch:
+    left, right = (SideMoments(like.new_zeros(1, d)) for d in shape)
+    return fit_sketch(left, right, SketchSettings("random", settings.width), generator)
+
+
+def _same(sketches: dict[str, KroneckerSketch], ranks: Ranks, like: Tensor) -> dict[str, KroneckerSketch]:
+    """The first process' sketches: on the others rounding may have given widths and factors that differ."""
+    if ranks.world == 1:
+        return sketches
+    out = {}
+    for name, sketch in sketches.items():
+        found = sketch.tensors()
+        # a side that is kept exactly has no factor, and may have one elsewhere
+        there = ranks.first({"there": torch.tensor([float(part in found) for part in _FACTORS])})["there"]
+        factors = {
+            part: found.get(part, like.new_empty(0, sketch.rows if part.endswith("left") else sketch.columns))
+            for part, known in zip(_FACTORS, there.tolist(), strict=True)
+            if known
+        }
+        out[name] = sketch.with_tensors(ranks.first_matrices(factors))
+    return out

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_pathkernel.capture import PerExampleGradient
 from lightning_pathkernel.recording.ranks import Ranks
 
-__all__ = ["NonFiniteError", "past", "sum_gaps", "unseen"]
+__all__ = ["NonFiniteError", "not_finite", "past", "sum_gaps", "unseen"]
 
 
 class NonFiniteError(ArithmeticError):
@@ -63,6 +63,14 @@ def unseen(step: int) -> str:
         f"no layer's gradient was seen in a backward pass for optimiser step {step}: the hooks did not fire. Call "
         "self.manual_backward(loss) under manual optimisation, compile a module only after the fit has begun, and set "
         "no gradients by hand."
+    )
+
+
+def not_finite(step: int, recorded: int) -> str:
+    """What to say of gradients that are not finite at a step; chords up to step ``recorded`` were handed on."""
+    return (
+        f"gradients are not finite at optimiser step {step}: the path ends there. Everything up to step {recorded} was "
+        "recorded. Lower the learning rate, clip, or check the data."
     )
 
 

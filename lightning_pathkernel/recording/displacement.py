@@ -11,7 +11,10 @@ from torch import Tensor
 from lightning_pathkernel.network import Tensors
 from lightning_pathkernel.optim import ParameterUpdate
 
-__all__ = ["ChordDisplacement", "DisplacementParts"]
+__all__ = ["LOOSENESS", "ChordDisplacement", "DisplacementParts"]
+
+LOOSENESS = 1.25
+"""Factor by which D may lie outside of what was seen of it, where it was not looked at in every step of the chord."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,25 @@ class DisplacementParts:
     examples: dict[str, Tensor]
 
 
+class _Sums(dict[str, Tensor]):
+    """Running sums by parameter, 0 until something is added."""
+
+    def __init__(self, values: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__(values or {})
+        self._lists: dict[tuple[str, ...], list[Tensor]] = {}
+
+    def of(self, names: Sequence[str], like: Sequence[Tensor]) -> list[Tensor]:
+        """The sums of these parameters, which the caller adds to in place."""
+        key = tuple(names)
+        found = self._lists.get(key)
+        if found is None:
+            for name, value in zip(key, like, strict=True):
+                if name not in self:
+                    self[name] = torch.zeros_like(value)
+            found = self._lists[key] = [self[name] for name in key]
+        return found
+
+
 class _Pull:
     """A gradient that is no example's, followed through the optimiser's recurrence.
 
@@ -42,18 +64,18 @@ class _Pull:
     """
 
     def __init__(self, buffers: Mapping[str, Tensor]) -> None:
-        self.buffers = dict(buffers)
-        self.sums: dict[str, Tensor] = {}
+        self.buffers = _Sums(buffers)
+        self.sums = _Sums()
 
     def step(self, names: Sequence[str], update: ParameterUpdate, pulled: list[Tensor]) -> None:
         """Take in one step of some parameters: ``pulled`` is what was added to their gradients."""
         if update.from_buffer:
-            buffers = _sums(self.buffers, names, pulled)
+            buffers = self.buffers.of(names, pulled)
             torch._foreach_mul_(buffers, update.keep)
             torch._foreach_add_(buffers, pulled, alpha=update.inject)
-            torch._foreach_add_(_sums(self.sums, names, pulled), buffers, alpha=update.rate * update.from_buffer)
+            torch._foreach_add_(self.sums.of(names, pulled), buffers, alpha=update.rate * update.from_buffer)
         if update.from_gradient:
-            torch._foreach_add_(_sums(self.sums, names, pulled), pulled, alpha=update.rate * update.from_gradient)
+            torch._foreach_add_(self.sums.of(names, pulled), pulled, alpha=update.rate * update.from_gradient)
 
 
 class ChordDisplacement:
@@ -73,10 +95,11 @@ class ChordDisplacement:
         self._coupled: _Pull = _Pull(previous._coupled.buffers if previous else {})
         self._foreign: _Pull = _Pull(previous._foreign.buffers if previous else {})
         self._before: dict[str, Tensor] = {}
-        self._moved: dict[str, Tensor] = {}
-        self._largest: dict[str, Tensor] = {}
-        self._upper: dict[str, Tensor] = {}
-        self._decoupled: dict[str, Tensor] = {}
+        self._moved = _Sums()
+        self._largest = _Sums()
+        self._upper = _Sums()
+        self._decoupled = _Sums()
+        self._loose: set[str] = set()
         self._unruled: set[str] = set()
 
     def extend(self, weights: Tensors) -> None:
@@ -110,13 +133,18 @@ class ChordDisplacement:
         """Take in the weight decay of one step of some parameters; `remember` came before it."""
         before = [self._before[name] for name in names]
         if update.decay_rate:
-            torch._foreach_add_(_sums(self._decoupled, names, before), before, alpha=-update.decay_rate)
+            self.decay_directly(names, before, update.decay_rate)
         if update.coupled_decay or self._coupled.buffers:
             self._coupled.step(names, update, list(torch._foreach_mul(before, update.coupled_decay)))
 
+    def decay_directly(self, names: Sequence[str], before: Sequence[Tensor], rate: float) -> None:
+        """Take in ``-rate w`` of some parameters, with their weights ``before`` the step."""
+        with torch.no_grad():
+            torch._foreach_add_(self._decoupled.of(names, before), list(before), alpha=-rate)
+
     def step_foreign(self, names: Sequence[str], update: ParameterUpdate, foreign: Mapping[str, Tensor]) -> None:
         """Take in what the optimiser received beyond the examples' gradients; nothing where that is nothing."""
-        if not self._foreign.buffers and not any(name in foreign for name in names):
+        if not self._foreign.buffers and not (foreign and any(name in foreign for name in names)):
             return
         like = [self.start[name] for name in names]
         pulled = [
@@ -164,14 +192,26 @@ class ChordDisplacement:
             directions: What D multiplies.
             denominators: Overwritten; infinite where D is 0.
         """
-        torch._foreach_add_(_sums(self._moved, names, directions), directions, alpha=rate)
-        torch._foreach_maximum_(_sums(self._largest, names, directions), denominators)
+        self.step_moved(names, rate, directions)
+        self.look(names, directions, denominators)
+
+    def step_moved(self, names: Sequence[str], rate: float, directions: list[Tensor]) -> None:
+        """Take in what D multiplies in one step: ``rate . direction``."""
+        torch._foreach_add_(self._moved.of(names, directions), directions, alpha=rate)
+
+    def look(self, names: Sequence[str], directions: list[Tensor], denominators: list[Tensor]) -> None:
+        """See how large and how small D is at a step; arguments as for `step_preconditioned`."""
+        torch._foreach_maximum_(self._largest.of(names, directions), denominators)
         torch._foreach_reciprocal_(denominators)
         # a coordinate that does not move in this step has a D that may mean nothing: it must not bound the secant
         moving = torch._foreach_sign(directions)
         torch._foreach_abs_(moving)
         torch._foreach_mul_(denominators, moving)
-        torch._foreach_maximum_(_sums(self._upper, names, directions), denominators)
+        torch._foreach_maximum_(self._upper.of(names, directions), denominators)
+
+    def look_away(self, names: Sequence[str]) -> None:
+        """A step passes without a `look`: D has stayed within `LOOSENESS` of what looks before and after it see."""
+        self._loose.update(names)
 
     def parts(self, end: Tensors) -> DisplacementParts:
         """The parts of the displacement from the start to ``end``; may be asked before the chord closes."""
@@ -206,12 +246,6 @@ class ChordDisplacement:
         own = delta - self._decoupled[name] if name in self._decoupled else delta
         ratio = torch.where(moved == 0, torch.zeros_like(moved), -own / moved)
         lower = torch.minimum(self._largest[name].reciprocal(), upper)
+        if name in self._loose:  # D between two looks is not known better
+            lower, upper = lower / LOOSENESS, upper * LOOSENESS
         return torch.minimum(torch.maximum(ratio, lower), upper)
-
-
-def _sums(sums: dict[str, Tensor], names: Sequence[str], like: Sequence[Tensor]) -> list[Tensor]:
-    """The running sums of these parameters, zero where there are none yet."""
-    for name, value in zip(names, like, strict=True):
-        if name not in sums:
-            sums[name] = torch.zeros_like(value)
-    return [sums[name] for name in names]

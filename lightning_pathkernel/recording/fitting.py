@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,9 +13,11 @@ from lightning_pathkernel.capture import CaptureError, PerExampleGradient
 from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.network import Network, Tensors
 from lightning_pathkernel.recording.basis import fit_basis, probe_gradients, query_features, random_cotangent
+from lightning_pathkernel.recording.budget import FeatureBudget, sketch_error
+from lightning_pathkernel.recording.open_chord import compressed
 from lightning_pathkernel.recording.ranks import Ranks
 from lightning_pathkernel.recording.settings import RecorderSettings
-from lightning_pathkernel.sketch import KroneckerSketch, fit_second_stage
+from lightning_pathkernel.sketch import KroneckerSketch, fit_second_stage, rounded_sketches, rounded_stage
 
 __all__ = ["SketchFitter", "check_ranks"]
 
@@ -36,6 +40,7 @@ class SketchFitter:
         self._settings = settings
         self._ranks = ranks
         self._generator = torch.Generator().manual_seed(settings.seed)
+        self._budget = FeatureBudget(settings.sketch, settings.sketch_dim)
 
     def first_stage(
         self, held: Held, parameters: Mapping[str, Tensor], preconditioner: Tensors, direction: Tensors
@@ -49,7 +54,7 @@ class SketchFitter:
             direction: Where the optimiser is moving.
 
         Returns:
-            Parameter -> sketch.
+            Parameter -> sketch, its query side rounded to what an artifact stores.
         """
         train: dict[str, Sequence[PerExampleGradient]] = {}
         for batch in reversed(held):
@@ -58,16 +63,34 @@ class SketchFitter:
         if self._probes is not None:
             probes = probe_gradients(self._network, self._probes, random_cotangent(self._generator))
         shapes = {name: p.shape for name, p in parameters.items()}
-        return fit_basis(
-            train, probes, preconditioner, direction, shapes, self._settings.sketch, self._generator, self._ranks
+        settings = self._settings.sketch
+        if settings.features is not None:
+            settings = replace(settings, features=self._budget.features)
+        return rounded_sketches(
+            fit_basis(train, probes, preconditioner, direction, shapes, settings, self._generator, self._ranks)
         )
+
+    def closed(self, chord: Chord) -> Chord:
+        """Bring a chord that has just closed down to ``sketch_dim``, and learn from what its first stage has lost.
+
+        Args:
+            chord: With first-stage rows.
+
+        Returns:
+            The chord.
+        """
+        if self._probes is not None and self._settings.sketch.features is not None and chord.sketches:
+            error = torch.tensor([sketch_error(self._network, self._probes, chord)])
+            self._budget.learn(float(self._ranks.total(error)) / self._ranks.world)  # the same on all processes
+        return compressed(chord, self._ranks, partial(self.second_stage, chord), self._settings.sketch_dim)
 
     def second_stage(self, chord: Chord, rows: Tensor, total: Tensor) -> tuple[Tensor, Tensor] | None:
         """Maps that bring all rows ``[V, F]`` of a chord, ``total`` their sum, down to ``sketch_dim``, or None."""
         settings, query = self._settings, None
         if self._probes is not None:
             query = query_features(self._network, self._probes, chord, settings.rule, self._generator)
-        return fit_second_stage(rows, query, total, settings.sketch_dim, settings.sketch, self._generator)
+        maps = fit_second_stage(rows, query, total, settings.sketch_dim, settings.sketch, self._generator)
+        return None if maps is None else rounded_stage(*maps)
 
 
 def check_ranks(held: Held, unfitted: Sequence[str], ranks: Ranks, like: Tensor) -> None:

@@ -94,10 +94,18 @@ class FollowedOptimizer:
                 "zero them after every step."
             )
 
+    def uncaptured(self) -> dict[str, Tensor]:
+        """Gradients received of parameters for which no row has anything; none where all is unattributed anyway."""
+        if self.updates.rule is None:
+            return {}
+        seen = set().union(*(part.names() for part in self.parts))
+        return {n: p.grad.detach().clone() for n, p in self.received.items() if n not in seen and p.grad is not None}
+
     def end_chord(self) -> None:
         """The chord has closed: rows that a step has used are in its basis."""
         self._stale = bool(self.parts)
         self.parts, self._spent = [], 0
+        self.updates.end_chord()
 
     def norm(self) -> float:
         """Norm of all gradients."""

@@ -16,11 +16,12 @@ from lightning_pathkernel.chord import Chord, synthesise
 from lightning_pathkernel.network import Network
 from lightning_pathkernel.optim import ParameterUpdate
 from lightning_pathkernel.recording.arena import Arena
+from lightning_pathkernel.recording.batches import batches
 from lightning_pathkernel.recording.carry import carried, reexpress
 from lightning_pathkernel.recording.displacement import ChordDisplacement, DisplacementParts
 from lightning_pathkernel.recording.ranks import Ranks
-from lightning_pathkernel.recording.rows import RecordedStep, StepRows, summed, visited, weighted
-from lightning_pathkernel.recording.self_influence import self_influence
+from lightning_pathkernel.recording.rows import RecordedStep, StepRows, summed, visited
+from lightning_pathkernel.recording.self_influence import SelfInfluence
 from lightning_pathkernel.recording.visits import VisitWeights
 from lightning_pathkernel.sketch import KroneckerSketch
 
@@ -46,6 +47,7 @@ class OpenChord:
         displacement: Running sums of what the optimisers did.
         sketches: Parameter -> its sketch, of this chord or, until `fitted` has it, of an earlier one.
         fitted: Parameters whose sketch is this chord's.
+        room: Numbers that the rows of a backward pass of the latest step took at most.
     """
 
     def __init__(self, network: Network, ranks: Ranks) -> None:
@@ -56,6 +58,7 @@ class OpenChord:
         self._steps: list[RecordedStep] = []
         self._kept = 0
         self._carried = 0
+        self.room = 0
         self._folded: list[tuple[Tensor, Tensor, Tensor]] = []
         self.index = 0
         self.sketches: dict[str, KroneckerSketch] = {}
@@ -87,7 +90,8 @@ class OpenChord:
         """Take in one optimiser step: its visits and the parameters that it moved."""
         self._visits.step(moved)
         self._steps.append(RecordedStep(parts, coefficient))
-        self._kept += sum(part.numbers() for part in parts)
+        self.room = max([part.numbers() for part in parts], default=0)
+        self._kept += self.room if len(parts) < 2 else sum(part.numbers() for part in parts)
 
     def rebase(
         self,
@@ -145,11 +149,14 @@ class OpenChord:
         like = next(iter(parts.delta.values()))
         columns = {name: j for j, name in enumerate(self._network.parameters)}
         weights = weights[:, [columns[name] for name in self.sketches]]
-        rows = summed(ids, weighted(steps, weights, self.sketches), (features,), like)
-        inner = like.new_zeros(len(ids))
-        if influences:
-            each = self_influence(steps, weights, self.sketches, parts.preconditioner, self._ranks.world)
-            inner = summed(ids, each, (), like)
+        rows, inner = like.new_zeros(len(ids), features), like.new_zeros(len(ids))
+        own = SelfInfluence(self.sketches, parts.preconditioner, self._ranks.world) if influences else None
+        counts = np.array([sum(len(part.ids) for part in step.parts) for step in steps], dtype=np.float64)
+        for batch in batches(steps, self.sketches):
+            at = torch.searchsorted(ids, batch.ids).to(rows.device)
+            rows.index_add_(0, at, batch.shares(weights, self.sketches).to(rows))
+            if own is not None:
+                inner.index_add_(0, at, own.of(batch, weights, counts).to(inner))
         for found, folded_rows, folded_inner in self._folded:
             at = torch.searchsorted(ids, found).to(rows.device)
             rows.index_add_(0, at, folded_rows)

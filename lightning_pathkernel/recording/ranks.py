@@ -60,3 +60,14 @@ class Ranks:
             dist.broadcast(sent, 0)
             out[name] = sent.to(value.device)
         return out
+
+    def first_matrices(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The first process' matrices; the others' have the same names and columns, but perhaps not as many rows."""
+        if self.world == 1:
+            return dict(tensors)
+        out = {}
+        for name, value in tensors.items():
+            rows = self.first({"rows": torch.tensor([len(value)])})["rows"]
+            like = value if len(value) == int(rows) else value.new_empty(int(rows), *value.shape[1:])
+            out[name] = self.first({name: like})[name]
+        return out

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,7 +16,17 @@ from lightning_pathkernel.capture import PerExampleGradient
 from lightning_pathkernel.recording.arena import Arena, Slot
 from lightning_pathkernel.sketch import KroneckerSketch
 
-__all__ = ["CarriedRows", "RecordedStep", "Rows", "Sketches", "StepRows", "split", "summed", "visited", "weighted"]
+__all__ = [
+    "CarriedRows",
+    "RecordedStep",
+    "Rows",
+    "Sketches",
+    "StepRows",
+    "features_of",
+    "split",
+    "summed",
+    "visited",
+]
 
 Sketches = Mapping[str, KroneckerSketch]
 
@@ -46,25 +54,27 @@ class RecordedStep(NamedTuple):
 class StepRows:
     """Visits whose gradients came in one backward pass.
 
-    Matrices taken in are tensors of their own until `close`; then they become columns of one slot of the arena.
-    Gradients of parameters whose sketch is not known yet are held back whole until `settle`.
+    Every matrix taken in is written to a slot of the arena. Gradients of parameters whose sketch is not known yet are
+    held back whole until `settle`.
 
     Args:
         ids: Training examples, ``[n]``.
         arena: Where what is taken in is kept.
+        room: Numbers that are expected, asked of the arena at once.
 
     Attributes:
         held: Parameter -> gradients held back.
     """
 
-    __slots__ = ("_arena", "_closed", "_ids", "_last", "_matrices", "_segments", "_uses", "held")
+    __slots__ = ("_arena", "_at", "_block", "_end", "_ids", "_last", "_room", "_slots", "_uses", "held")
 
-    def __init__(self, ids: Tensor, arena: Arena) -> None:
+    def __init__(self, ids: Tensor, arena: Arena, room: int = 0) -> None:
         self._ids: Tensor | Slot = ids
         self._arena = arena
-        self._segments: list[tuple[Slot, tuple[int, ...]]] = []
-        self._closed = 0
-        self._matrices: list[Tensor] = []
+        self._room = room
+        self._block: Tensor | None = None
+        self._at = self._end = 0
+        self._slots: list[Slot] = []
         self._uses: list[tuple[str, tuple[int, ...]]] = []
         self._last: tuple[Tensor, Tensor | None, int] | None = None
         self.held: dict[str, list[PerExampleGradient]] = {}
@@ -87,7 +97,10 @@ class StepRows:
         """Take in one use of one parameter: its features, or the two factors of them."""
         factors = gradient.factors()
         if factors is None:
-            self._uses.append((name, (self._take(sketch.train(gradient)),)))
+            features = gradient.project(sketch.train_left, sketch.train_right)
+            slot = self._slot(features.shape[0], features.shape[1] * features.shape[2], features)
+            slot.view().view(features.shape).copy_(features)
+            self._uses.append((name, (len(self._slots) - 1,)))
             return
         left, right = factors
         by_left, by_right = sketch.train_transposed
@@ -101,26 +114,30 @@ class StepRows:
         return self._last[2]
 
     def _product(self, rows: Tensor, transposed: Tensor | None) -> int:
-        # a copy, since what the layer computed may be written over before this batch is closed
-        return self._take(rows.clone() if transposed is None else torch.mm(rows, transposed))
+        n, width = rows.shape
+        if transposed is None:
+            self._slot(n, width, rows).view().copy_(rows)
+        else:
+            torch.mm(rows, transposed, out=self._slot(n, transposed.shape[1], rows).view())
+        return len(self._slots) - 1
 
-    def _take(self, matrix: Tensor) -> int:
-        self._matrices.append(matrix)
-        return self._closed + len(self._matrices) - 1
+    def _slot(self, n: int, width: int, like: Tensor) -> Slot:
+        size, block = n * width, self._block
+        if block is None or self._at + size > self._end or block.dtype is not like.dtype:
+            whole = self._arena.new(1, max(self._room, size), like)
+            block, self._at, self._end = whole.block, whole.start, whole.start + whole.k
+            self._block, self._room = block, 0
+        slot = Slot(block, self._at, n, width)
+        self._at += size
+        self._slots.append(slot)
+        return slot
 
     def close(self) -> None:
         """Nothing more is taken in for now: hold on to no tensor, only to what the arena keeps."""
-        matrices = self._matrices
-        if not matrices:
-            return
-        widths = tuple(matrix.shape[1] for matrix in matrices)
-        slot = self._arena.new(matrices[0].shape[0], sum(widths), _widest(matrices))
-        torch.cat(matrices, 1, out=slot.view())
-        self._segments.append((slot, widths))
-        self._closed += len(matrices)
-        if not isinstance(self._ids, Slot):
+        if self._slots and not isinstance(self._ids, Slot):
             self._ids = self._arena.keep(self._ids)
-        self._matrices, self._last = [], None
+        self._last = None
+        self._block = None
 
     def settle(self, sketches: Sketches, names: Sequence[str]) -> None:
         """Take in what was held back of these parameters."""
@@ -133,29 +150,38 @@ class StepRows:
         """Keep everything in another arena from now on."""
         if arena is self._arena:
             return
-        self._segments = [(_moved(slot, arena), widths) for slot, widths in self._segments]
+        self._slots = [_moved(slot, arena) for slot in self._slots]
         if isinstance(self._ids, Slot):
             self._ids = _moved(self._ids, arena)
         self._arena = arena
 
-    def total(self) -> float:
-        """The sum of all that was taken in, finite only if every number is; 0 if there is none."""
-        return float(sum(float(slot.view().sum()) for slot, _ in self._segments))
+    def first_total(self) -> float:
+        """The sum of what the backward pass brought first, finite only if every number of it is; 0 if there is none."""
+        return float(self._slots[0].view().sum()) if self._slots else 0.0
 
     def numbers(self) -> int:
         """Numbers kept."""
-        return sum(slot.n * slot.k for slot, _ in self._segments)
+        return sum(slot.n * slot.k for slot in self._slots)
+
+    @property
+    def layout(self) -> object:
+        """What two backward passes must have in common for `features_of` to take them together."""
+        return self._uses, [(slot.n, slot.k, slot.block.dtype) for slot in self._slots], isinstance(self._ids, Slot)
 
     def features(self, sketches: Sketches) -> Tensor:
         """All features of closed rows, ``[n, F]``."""
-        matrices: list[Tensor] = []
-        for slot, widths in self._segments:
-            matrices.extend(slot.view().split(widths, dim=1))
-        found: dict[str, Tensor] = {}
-        for name, use in self._uses:
-            part = _outer([matrices[at] for at in use])
-            found[name] = found[name] + part if name in found else part
-        return _joined(found, sketches, len(self.ids), matrices[0] if matrices else None)
+        return features_of([self], sketches)
+
+
+def features_of(parts: Sequence[StepRows], sketches: Sketches) -> Tensor:
+    """All features of closed rows of one layout, one after the other, ``[s * n, F]``."""
+    first = parts[0]
+    matrices = [torch.cat([part._slots[at].view() for part in parts]) for at in range(len(first._slots))]
+    found: dict[str, Tensor] = {}
+    for name, use in first._uses:
+        part = _outer([matrices[at] for at in use])
+        found[name] = found[name] + part if name in found else part
+    return _joined(found, sketches, len(parts) * len(first.ids), matrices[0] if matrices else None)
 
 
 class CarriedRows:
@@ -193,12 +219,6 @@ def _joined(found: Mapping[str, Tensor], sketches: Sketches, n: int, like: Tenso
     return torch.cat([like.new_zeros(n, 0), *columns], dim=1)
 
 
-def _widest(matrices: list[Tensor]) -> Tensor:
-    """One of the dtype that holds them all."""
-    first = matrices[0].dtype
-    return matrices[0] if all(m.dtype is first for m in matrices) else max(matrices, key=Tensor.element_size)
-
-
 def _outer(factors: list[Tensor]) -> Tensor:
     if len(factors) == 1:
         return factors[0]
@@ -210,29 +230,6 @@ def split(features: Tensor, sketches: Sketches) -> dict[str, Tensor]:
     """Features ``[*, F]`` by parameter."""
     sizes = [sketch.features for sketch in sketches.values()]
     return dict(zip(sketches, features.split(sizes, dim=-1), strict=True))
-
-
-def weighted(
-    steps: Sequence[RecordedStep], weights: npt.NDArray[np.float64], sketches: Sketches
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every visit's share of the displacement, ``-weight * S_train(g)``, eq. (5), one batch after the other.
-
-    Args:
-        steps: The steps.
-        weights: One per step and parameter.
-        sketches: The chord's basis.
-
-    Yields:
-        Ids ``[n]`` and shares ``[n, F]``.
-    """
-    counts = [sketch.features for sketch in sketches.values()]
-    for step, factor in zip(steps, weights, strict=True):
-        scale: Tensor | None = None
-        for part in step.parts:
-            features = part.features(sketches)
-            if scale is None:
-                scale = torch.from_numpy(np.repeat(-factor * step.coefficient, counts)).to(features)
-            yield part.ids, features * scale
 
 
 def visited(steps: Sequence[RecordedStep]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -11,59 +11,52 @@ from torch import Tensor
 
 from lightning_pathkernel.capture import matrix_shape
 from lightning_pathkernel.network import Tensors
-from lightning_pathkernel.recording.rows import RecordedStep, split
+from lightning_pathkernel.recording.batches import VisitBatch
+from lightning_pathkernel.recording.rows import split
 from lightning_pathkernel.sketch import KroneckerSketch
 
-__all__ = ["self_influence"]
+__all__ = ["SelfInfluence"]
 
-_NUMBERS = 1 << 21
-"""At most this many numbers of gradients brought back are formed at once."""
+Array = npt.NDArray[np.float64]
 
 
-def self_influence(
-    steps: Sequence[RecordedStep],
-    weights: npt.NDArray[np.float64],
-    sketches: Mapping[str, KroneckerSketch],
-    preconditioner: Tensors,
-    ranks: int = 1,
-) -> Iterator[tuple[Tensor, Tensor]]:
+class SelfInfluence:
     """``-weight * <g, D g>`` times the rows of the step, with g as far as the sketch keeps it.
 
     Args:
-        steps: The steps.
-        weights: One per step and parameter, eq. (5).
         sketches: The chord's basis.
         preconditioner: Its D; empty for the identity.
         ranks: Processes that took as many rows each in every step.
-
-    Yields:
-        Ids ``[n]``, and one number per visit ``[n]``.
     """
-    forms = {name: _Energy(sketch, preconditioner.get(name)) for name, sketch in sketches.items()}
-    for step, factors in zip(steps, weights, strict=True):
-        count = ranks * sum(len(part.ids) for part in step.parts)
-        for part in step.parts:
-            parts = split(part.features(sketches) * step.coefficient, sketches).items()
-            energies = [forms[name](z) * -float(factor) for (name, z), factor in zip(parts, factors, strict=True)]
-            yield part.ids, torch.stack(energies).sum(0) * count
+
+    def __init__(self, sketches: Mapping[str, KroneckerSketch], preconditioner: Tensors, ranks: int = 1) -> None:
+        self._sketches = sketches
+        self._forms = {name: _Energy(sketch, preconditioner.get(name)) for name, sketch in sketches.items()}
+        self._ranks = ranks
+
+    def of(self, batch: VisitBatch, weights: Array, rows: Array) -> Tensor:
+        """One number per visit.
+
+        Args:
+            batch: The visits.
+            weights: One per step and parameter, eq. (5).
+            rows: Rows of each step in this process.
+
+        Returns:
+            Self-influences, ``[s * n]``.
+        """
+        parts = split(batch.features, self._sketches).items()
+        energies = torch.stack([self._forms[name](z) for name, z in parts], dim=1)
+        counts = self._ranks * rows[batch.steps] * batch.coefficients**2
+        return batch.times(-weights[batch.steps] * counts[:, None], energies).sum(1)
 
 
 class _Energy:
     """The quadratic form ``z -> <g, D g>`` of the gradient g that features z stand for."""
 
     def __init__(self, sketch: KroneckerSketch, preconditioner: Tensor | None) -> None:
-        shape = (sketch.rows, sketch.columns)
         self._diagonal = None if preconditioner is None else preconditioner.reshape(matrix_shape(preconditioner.shape))
-        self._form: Tensor | None = None
-        factor = next(iter(sketch.tensors().values()), None)
-        if factor is None:
-            return
-        basis = torch.eye(sketch.features, dtype=factor.dtype, device=factor.device)
-        self._form = torch.empty_like(basis)
-        for rows in torch.arange(len(basis)).split(max(1, _NUMBERS // (shape[0] * shape[1]))):
-            back = sketch.synthesise(basis[rows])
-            back = back if self._diagonal is None else back * self._diagonal
-            self._form[rows] = sketch.brought_back(back)
+        self._form = sketch.energy_form(self._diagonal) if sketch.tensors() else None
 
     def __call__(self, features: Tensor) -> Tensor:
         if self._form is not None:

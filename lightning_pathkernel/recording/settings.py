@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lightning_pathkernel.path import QuadratureRule, gauss_legendre
+from lightning_pathkernel.path import NodeBudget, QuadratureRule, gauss_legendre
 from lightning_pathkernel.recording.received import Changes
 from lightning_pathkernel.sketch import SketchSettings
 
@@ -17,8 +17,8 @@ class RecorderSettings:
     """What is recorded.
 
     Attributes:
-        nodes: Optimiser steps at which chords end, rising, the first one 0; beyond the last one the last interval
-            repeats.
+        nodes: Optimiser steps at which chords end, rising, the first one 0, beyond the last of which the last interval
+            repeats; or a tolerance of the drift within a chord, and a budget.
         sketch_dim: Numbers stored per example and chord.
         sketch: How sketches are fitted.
         seed: Seed of the private random generator.
@@ -31,7 +31,7 @@ class RecorderSettings:
         rule: Quadrature along a chord, where the recorder needs one.
     """
 
-    nodes: Sequence[int]
+    nodes: Sequence[int] | NodeBudget
     sketch_dim: int = 256
     sketch: SketchSettings = field(default_factory=SketchSettings)
     seed: int = 0

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_pathkernel.capture import CaptureError, matrix_shape
-from lightning_pathkernel.optim import OptimizerRule, ParameterUpdate
-from lightning_pathkernel.recording.displacement import ChordDisplacement
+from lightning_pathkernel.optim import ForeseeableRule, OptimizerRule, ParameterUpdate
+from lightning_pathkernel.recording.buckets import Bucket, GroupBuckets
+from lightning_pathkernel.recording.displacement import LOOSENESS, ChordDisplacement
 
 __all__ = ["OptimizerUpdates"]
 
 
 class OptimizerUpdates:
-    """Reads an optimiser's groups and state after each of its steps.
+    """Reads an optimiser's groups and state around each of its steps.
 
     Args:
         module: The network, for the names in messages.
@@ -30,14 +31,13 @@ class OptimizerUpdates:
     ) -> None:
         self.optimizer = optimizer
         self.rule = rule
+        self._foreseeable = rule if isinstance(rule, ForeseeableRule) else None
         self._module = module
         self._names = names
         self._seen: set[str] = set()
         self._plain: dict[str, Tensor] = {}
-
-    def decaying(self) -> bool:
-        """Whether any group has weight decay."""
-        return self.rule is not None and any(group.get("weight_decay", 0) for group in self.optimizer.param_groups)
+        self._groups: list[GroupBuckets] = []
+        self._expected: dict[int, tuple[tuple[str, ...], list[Tensor], float]] = {}
 
     def received(self) -> dict[str, Tensor]:
         """The parameters that have a gradient, by name.
@@ -49,16 +49,54 @@ class OptimizerUpdates:
             CaptureError: If one of them cannot be recorded.
         """
         found = {}
+        names = self._names
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    name = self._names.get(id(parameter))
+                    name = names.get(id(parameter))
                     if name is None:
                         raise CaptureError(_stranger(self._module, parameter))
                     found[name] = parameter
         return found
 
-    def take(self, displacement: ChordDisplacement, foreign: Mapping[str, Tensor]) -> dict[ParameterUpdate, list[str]]:
+    # before the step
+
+    def expect_decay(self, displacement: ChordDisplacement, weights: Mapping[str, Tensor]) -> None:
+        """Take in the weight decay of the step to come, or note the weights where only the step will tell.
+
+        Args:
+            displacement: The sums of the open chord.
+            weights: All weights that are recorded.
+        """
+        self.withdraw_decay(displacement)
+        if self.rule is None:
+            return
+        remember = displacement.remembers
+        for group in self.optimizer.param_groups:
+            if not group.get("weight_decay", 0):
+                continue
+            rate = self._foreseeable.decay_rate(group) if self._foreseeable is not None else 0.0
+            if not rate:
+                remember = True
+                continue
+            moving = [p for p in group["params"] if p.grad is not None]
+            names = tuple([self._names[id(p)] for p in moving])
+            displacement.decay_directly(names, moving, rate)
+            self._expected[id(group)] = names, moving, rate
+        if remember:
+            displacement.remember(weights)
+
+    def withdraw_decay(self, displacement: ChordDisplacement) -> None:
+        """The step that was expected last has not been made, and will not be."""
+        for names, moving, rate in self._expected.values():
+            displacement.decay_directly(names, moving, -rate)
+        self._expected = {}
+
+    # after the step
+
+    def take(
+        self, displacement: ChordDisplacement, foreign: Mapping[str, Tensor]
+    ) -> dict[ParameterUpdate, tuple[str, ...]]:
         """Note the latest step in the chord's running sums.
 
         Args:
@@ -68,47 +106,97 @@ class OptimizerUpdates:
         Returns:
             The parameters that moved, by the scalars of their update.
         """
-        if self.rule is None:
+        rule = self.rule
+        if rule is None:
             displacement.step_unruled(list(self.received()))
             return {}
-        moved: dict[ParameterUpdate, list[str]] = {}
-        for group in self.optimizer.param_groups:
-            for update, parameters in self._buckets(group).items():
-                names = list(parameters)
-                displacement.step_foreign(names, update, foreign)
-                if displacement.decays(update):
-                    displacement.step_decay(names, update)
-                if self.rule.diagonal:
-                    self._precondition(self.rule, displacement, group, update, parameters)
-                moved.setdefault(update, []).extend(names)
+        moved: dict[ParameterUpdate, tuple[str, ...]] = {}
+        for bucket in self._buckets(displacement):
+            update = rule.update(bucket.group, bucket.states[0], bucket.first)
+            names = bucket.names
+            displacement.step_foreign(names, update, foreign)
+            if displacement.decays(update):
+                self._decay(displacement, update, bucket)
+            if rule.diagonal:
+                self._precondition(rule, displacement, update, bucket)
+            moved[update] = (*moved[update], *names) if update in moved else names
+        self._expected = {}
         return moved
 
+    def _decay(self, displacement: ChordDisplacement, update: ParameterUpdate, bucket: Bucket) -> None:
+        if self._foreseeable is not None:
+            expected = self._expected[id(bucket.group)][2] if id(bucket.group) in self._expected else 0.0
+            if update.decay_rate != expected:
+                # changed since: the weights after the step stand for those before it, an error of one step's movement
+                displacement.decay_directly(bucket.names, bucket.parameters, update.decay_rate - expected)
+            update = update._replace(decay_rate=0.0)
+        if displacement.decays(update):
+            displacement.step_decay(bucket.names, update)
+
     def _precondition(
-        self, rule: OptimizerRule, displacement: ChordDisplacement, group: Mapping[str, Any], update: ParameterUpdate,
-        parameters: Mapping[str, Tensor],
-    ) -> None:  # fmt: skip
-        denominators, directions, factor = self._multiplied(rule, displacement, group, update, parameters)
-        if update.before_buffer:
-            buffers = self._plain_buffers(list(parameters), update, directions)
-            mixed = torch._foreach_mul(directions, update.from_gradient)
-            torch._foreach_add_(mixed, buffers, alpha=update.from_buffer)
-            directions, factor = list(mixed), 1.0
-        displacement.step_preconditioned(list(parameters), update.rate * factor, directions, denominators)
+        self, rule: OptimizerRule, displacement: ChordDisplacement, update: ParameterUpdate, bucket: Bucket
+    ) -> None:
+        if self._foreseeable is None or update.before_buffer:
+            denominators, directions, factor = self._multiplied(rule, displacement, update, bucket)
+            if update.before_buffer:
+                buffers = self._plain_buffers(bucket.names, update, directions)
+                mixed = torch._foreach_mul(directions, update.from_gradient)
+                torch._foreach_add_(mixed, buffers, alpha=update.from_buffer)
+                directions, factor = list(mixed), 1.0
+            displacement.step_preconditioned(bucket.names, update.rate * factor, directions, denominators)
+            return
+        directions, factor = self._directions(rule, displacement, update, bucket)
+        displacement.step_moved(bucket.names, update.rate * factor, directions)
+        further = self._foreseeable.rise(bucket.group, bucket.states[0])
+        if bucket.risen * further > LOOSENESS:
+            self._look(rule, displacement, bucket)
+        elif bucket.looked:
+            displacement.look_away(bucket.names)
+            bucket.looked = False
+        bucket.risen *= further
+
+    def _look(self, rule: OptimizerRule, displacement: ChordDisplacement, bucket: Bucket) -> None:
+        """See D at the latest step, where it need not be seen at every one."""
+        buffers = bucket.buffers(rule)
+        displacement.look(bucket.names, buffers, rule.denominators(bucket.group, bucket.states, buffers))
+        bucket.risen, bucket.looked = 1.0, True
+
+    def settle(self, displacement: ChordDisplacement) -> None:
+        """Bring the chord's sums up to the latest step, so that its parts may be asked for."""
+        self.withdraw_decay(displacement)
+        if self._foreseeable is not None:
+            for group in self._groups:
+                self._look_again(displacement, group.buckets)
+
+    def _look_again(self, displacement: ChordDisplacement, buckets: Sequence[Bucket]) -> None:
+        assert self.rule is not None
+        for bucket in buckets:
+            if not bucket.looked:
+                self._look(self.rule, displacement, bucket)
+
+    def end_chord(self) -> None:
+        """The next chord has seen no D yet."""
+        for group in self._groups:
+            for bucket in group.buckets:
+                bucket.risen, bucket.looked = math.inf, True
+
+    def _directions(
+        self, rule: OptimizerRule, displacement: ChordDisplacement, update: ParameterUpdate, bucket: Bucket
+    ) -> tuple[list[Tensor], float]:
+        """What D multiplied in the latest step, and a factor to it."""
+        gradients = bucket.gradients() if update.from_gradient else []
+        return displacement.directions(bucket.names, update, bucket.buffers(rule), gradients)
 
     def _multiplied(
-        self, rule: OptimizerRule, displacement: ChordDisplacement, group: Mapping[str, Any], update: ParameterUpdate,
-        parameters: Mapping[str, Tensor],
-    ) -> tuple[list[Tensor], list[Tensor], float]:  # fmt: skip
+        self, rule: OptimizerRule, displacement: ChordDisplacement, update: ParameterUpdate, bucket: Bucket
+    ) -> tuple[list[Tensor], list[Tensor], float]:
         """``1 / D`` of the latest step, what D multiplied in it, and a factor to that."""
-        names, states = list(parameters), [self.optimizer.state[p] for p in parameters.values()]
-        gradients = [p.grad for p in parameters.values() if p.grad is not None]
         if update.before_buffer:
             entering = update._replace(from_buffer=0.0, from_gradient=1.0)
-            directions, _ = displacement.directions(names, entering, [], gradients)
-            return rule.denominators(group, states, directions), directions, 1.0
-        buffers = [b for state in states if (b := rule.buffer(state)) is not None]
-        directions, factor = displacement.directions(names, update, buffers, gradients)
-        return rule.denominators(group, states, directions), directions, factor
+            directions, factor = displacement.directions(bucket.names, entering, [], bucket.gradients())
+        else:
+            directions, factor = self._directions(rule, displacement, update, bucket)
+        return rule.denominators(bucket.group, bucket.states, directions), directions, factor
 
     def _plain_buffers(self, names: Sequence[str], update: ParameterUpdate, entering: list[Tensor]) -> list[Tensor]:
         """Momentum of gradients without their preconditioners, which the optimiser itself does not keep."""
@@ -120,26 +208,20 @@ class OptimizerUpdates:
         torch._foreach_add_(buffers, entering, alpha=update.inject)
         return buffers
 
-    def _buckets(self, group: Mapping[str, Any]) -> dict[ParameterUpdate, dict[str, Tensor]]:
-        """The parameters of a group that have a gradient, by the scalars of their update."""
-        assert self.rule is not None
-        alike: dict[tuple[float, bool], tuple[Any, dict[str, Tensor]]] = {}
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            name = self._names[id(parameter)]
-            state = self.optimizer.state[parameter]
-            key = (float(state.get("step", 0)), name not in self._seen)
-            if key in alike:
-                alike[key][1][name] = parameter
-            else:
-                alike[key] = (state, {name: parameter})
-            if key[1] and self.rule.buffer(state) is not None:
-                self._seen.add(name)
-        buckets: dict[ParameterUpdate, dict[str, Tensor]] = {}
-        for (_, first), (state, named) in alike.items():
-            buckets.setdefault(self.rule.update(group, state, first), {}).update(named)
-        return buckets
+    def _buckets(self, displacement: ChordDisplacement) -> list[Bucket]:
+        """All parameters that the latest step moved, by the scalars of their update."""
+        rule, optimizer = self.rule, self.optimizer
+        assert rule is not None
+        found: list[Bucket] = []
+        for index, group in enumerate(optimizer.param_groups):
+            if index == len(self._groups):
+                self._groups.append(GroupBuckets(self._names, rule))
+            known = self._groups[index]
+            if not known.same(optimizer, group):
+                self._look_again(displacement, known.buckets)
+                known.find(optimizer, group, self._seen)
+            found += known.buckets
+        return found
 
     def preconditioner(self, names: set[str], displacement: ChordDisplacement) -> dict[str, Tensor]:
         """D of the latest step, by parameter, 0 where a weight has never moved; empty for the identity."""
@@ -147,15 +229,13 @@ class OptimizerUpdates:
         rule = self.rule
         if rule is None or not rule.diagonal:
             return out
-        for group in self.optimizer.param_groups:
-            for update, parameters in self._buckets(group).items():
-                wanted = {name: p for name, p in parameters.items() if name in names}
-                states = [self.optimizer.state[p] for p in wanted.values()]
-                if not states:
-                    continue
-                denominators, _, _ = self._multiplied(rule, displacement, group, update, wanted)
-                for name, state, found in zip(wanted, states, denominators, strict=True):
-                    out[name] = found.reciprocal() * rule.moved(group, state)
+        for group in self._groups:
+            for bucket in group.buckets:
+                update = rule.update(bucket.group, bucket.states[0], bucket.first)
+                denominators, _, _ = self._multiplied(rule, displacement, update, bucket)
+                for name, state, found in zip(bucket.names, bucket.states, denominators, strict=True):
+                    if name in names:
+                        out[name] = found.reciprocal() * rule.moved(bucket.group, state)
         return out
 
     def direction(self, names: Mapping[str, Tensor]) -> dict[str, Tensor]:

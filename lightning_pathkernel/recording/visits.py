@@ -12,6 +12,8 @@ from lightning_pathkernel.optim import ParameterUpdate
 __all__ = ["VisitWeights"]
 
 Array = npt.NDArray[np.float64]
+_NOTED = 64
+"""Steps noted before the tables are brought up to date."""
 
 
 class VisitWeights:
@@ -19,6 +21,10 @@ class VisitWeights:
 
     The weight of step r is ``sum_{s in chord, s >= r} rate_s kappa_{s,r}``: what multiplies ``D . g_r`` in the chord's
     displacement. A parameter that sits out a step has weight 0 there.
+
+    A step only notes its scalars; the sums are taken when they are asked for, backwards over the steps:
+    ``kept_s = keep_{s+1} kept_{s+1}`` and ``pulled_s = pull_s + keep_{s+1} pulled_{s+1}``, with which a gradient that
+    enters the buffer with the share ``a`` at step s has the share ``a kept_s`` now and the weight ``a pulled_s``.
 
     Args:
         parameters: Names, in the order of the columns.
@@ -28,57 +34,97 @@ class VisitWeights:
     def __init__(self, parameters: Sequence[str], horizon: float = 1e-3) -> None:
         self._columns = {name: j for j, name in enumerate(parameters)}
         self._horizon = horizon
-        self._steps = 0
-        self._buffered, self._first, self._weights = (np.zeros((16, len(parameters))) for _ in range(3))
+        self._where: dict[tuple[str, ...], list[int]] = {}
+        self._noted: list[Mapping[ParameterUpdate, Sequence[str]]] = []
+        self._begin(np.zeros((3, 0, len(parameters))))
+
+    def _begin(self, older: Array) -> None:
+        """Go on from rows of earlier steps: their first shares of the buffers, their shares now, their weights."""
+        self._older = self._steps = older.shape[1]
+        # what a step keeps of the buffer, puts into it, takes of it, and takes of its own gradient at once
+        self._tables = np.zeros((4, max(16, 2 * self._steps), older.shape[2]))
+        self._tables[0] = 1.0
+        self._tables[1, : self._older] = older[0]
+        self._earlier = older[1:]
 
     @property
     def weights(self) -> Array:
         """Weights so far, ``[steps, parameters]``."""
-        return self._weights[: self._steps]
+        return self._summed()[1]
 
     @property
     def buffered(self) -> Array:
         """Share of each step's gradient in the momentum buffers, ``[steps, parameters]``."""
-        return self._buffered[: self._steps]
+        return self._summed()[0]
+
+    def _summed(self) -> tuple[Array, Array]:
+        self._write()
+        keep, put, take, direct = self._tables[:, self._older : self._steps]
+        kept, pulled = np.ones_like(keep), take.copy()
+        for s in range(len(keep) - 2, -1, -1):
+            kept[s] = keep[s + 1] * kept[s + 1]
+            pulled[s] += keep[s + 1] * pulled[s + 1]
+        shares, weights = self._earlier
+        if len(keep):
+            shares, weights = shares * keep[0] * kept[0], weights + shares * keep[0] * pulled[0]
+        return np.concatenate([shares, put * kept]), np.concatenate([weights, put * pulled + direct])
 
     def extend(self, names: Sequence[str]) -> None:
         """Add parameters, which no step so far has moved."""
+        self._write()
+        self._where.clear()
         for name in names:
             self._columns[name] = len(self._columns)
-        for field in ("_buffered", "_first", "_weights"):
-            old = getattr(self, field)
-            setattr(self, field, np.concatenate([old, np.zeros((len(old), len(names)))], axis=1))
+        more = (0, 0), (0, 0), (0, len(names))
+        self._tables = np.pad(self._tables, more)
+        self._tables[0, :, -len(names) :] = 1.0
+        self._earlier = np.pad(self._earlier, more)
 
     def newest(self) -> dict[str, float]:
         """Share of the latest step's gradient in the momentum buffers, by parameter."""
-        return dict(zip(self._columns, self.buffered[-1].tolist(), strict=True))
+        self._write()
+        return dict(zip(self._columns, self._tables[1, self._steps - 1].tolist(), strict=True))
 
     def step(self, updates: Mapping[ParameterUpdate, Sequence[str]]) -> None:
-        """Take in one optimiser step: the parameters that moved, by their scalars; the others sat it out."""
-        if self._steps == len(self._weights):
-            self._grow()
-        new = self._steps
-        self._steps += 1
-        for update, names in updates.items():
-            where: slice | list[int] = slice(None)
-            if len(names) < len(self._columns):
-                where = [self._columns[name] for name in names]
-            if update.from_buffer:
-                self._buffered[:new, where] *= update.keep
-                self._buffered[new, where] = self._first[new, where] = update.inject * update.sign
-                self._weights[: new + 1, where] += update.rate * update.from_buffer * self._buffered[: new + 1, where]
-            if update.from_gradient:
-                self._weights[new, where] += update.rate * update.from_gradient * update.sign
+        """Take in one optimiser step.
 
-    def _grow(self) -> None:
-        for name in ("_buffered", "_first", "_weights"):
-            old = getattr(self, name)
-            setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
+        Args:
+            updates: The parameters that moved, by their scalars, not to be changed; the others sat it out.
+        """
+        self._noted.append(updates)
+        if len(self._noted) == _NOTED:
+            self._write()
+
+    def _write(self) -> None:
+        """Bring the tables up to date."""
+        if self._steps + len(self._noted) > self._tables.shape[1]:
+            fresh = np.zeros_like(self._tables[:, :1]).repeat(self._tables.shape[1] + _NOTED, axis=1)
+            fresh[0] = 1.0
+            self._tables = np.concatenate([self._tables, fresh], axis=1)
+        for updates in self._noted:
+            for update, names in updates.items():
+                column = self._tables[:, self._steps]
+                where = self._columns_of(names)
+                if update.from_buffer:
+                    column[0, where] = update.keep
+                    column[1, where] = update.inject * update.sign
+                    column[2, where] = update.rate * update.from_buffer
+                if update.from_gradient:
+                    column[3, where] = update.rate * update.from_gradient * update.sign
+            self._steps += 1
+        self._noted.clear()
+
+    def _columns_of(self, names: Sequence[str]) -> list[int]:
+        key = tuple(names)
+        if key not in self._where:
+            self._where[key] = [self._columns[name] for name in key]
+        return self._where[key]
 
     def alive(self) -> npt.NDArray[np.intp]:
         """Indices of the steps that a momentum buffer still holds."""
-        scale = np.maximum(np.abs(self._first[: self._steps]).max(axis=1), 1e-300)
-        return np.flatnonzero(np.abs(self.buffered).max(axis=1) > self._horizon * scale)
+        buffered = self.buffered
+        scale = np.maximum(np.abs(self._tables[1, : self._steps]).max(axis=1), 1e-300)
+        return np.flatnonzero(np.abs(buffered).max(axis=1) > self._horizon * scale)
 
     def keep(self, steps: npt.NDArray[np.intp], chord_closed: bool) -> None:
         """Forget all other steps.
@@ -87,10 +133,6 @@ class VisitWeights:
             steps: Indices of those that stay.
             chord_closed: Whether their weights begin at 0 again.
         """
-        size = max(16, 2 * len(steps))
-        for field in ("_buffered", "_first", "_weights"):
-            fresh = np.zeros((size, len(self._columns)))
-            if field != "_weights" or not chord_closed:
-                fresh[: len(steps)] = getattr(self, field)[steps]
-            setattr(self, field, fresh)
-        self._steps = len(steps)
+        shares, weights = self._summed()
+        weights = np.zeros_like(weights) if chord_closed else weights
+        self._begin(np.stack([self._tables[1, : self._steps], shares, weights])[:, steps])

@@ -55,6 +55,14 @@ def _root(moment: Tensor, floor: float) -> Tensor:
     return root
 
 
+def _leading_triplets(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Left vectors ``[d, k]``, values ``[k]`` and right vectors ``[d, k]`` of the ``k`` largest singular values."""
+    # the eigenvectors of M^T M, in half the time; the ridge keeps values from where squaring would cost accuracy
+    squares, right = torch.linalg.eigh(matrix.T @ matrix)
+    values, right = squares[-k:].flip(0).clamp_min(1e-300).sqrt(), right[:, -k:].flip(1)
+    return (matrix @ right) / values, values, right
+
+
 def _coordinates(train: Tensor, query: Tensor, k: int, generator: torch.Generator) -> Tensor | None:
     """Columns spanning what both sides show, or None where the whole space is small enough."""
     d, rank = train.shape[1], 2 * k
@@ -84,9 +92,9 @@ def balanced_factors(
     basis = _coordinates(work[0], work[1], k, generator)
     coordinates = work if basis is None else [x @ basis for x in work]
     roots = [_root((x.T @ x).double(), max(ridge / d, 1e-14)) for x in coordinates]
-    left, values, right = torch.linalg.svd(roots[1].T @ roots[0])
-    scale = values[:k].clamp_min(1e-300).rsqrt().unsqueeze(1)
-    p, q = scale * (left[:, :k].T @ roots[1].T), scale * (right[:k] @ roots[0].T)
+    left, values, right = _leading_triplets(roots[1].T @ roots[0], k)
+    scale = values.rsqrt().unsqueeze(1)
+    p, q = scale * (left.T @ roots[1].T), scale * (right.T @ roots[0].T)
     if basis is not None:
         p, q = p @ basis.T.double(), q @ basis.T.double()
     return p.to(train), q.to(train)

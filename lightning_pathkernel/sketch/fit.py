@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -11,8 +12,17 @@ from torch import Tensor
 from lightning_pathkernel.sketch.balance import balanced_factors
 from lightning_pathkernel.sketch.deflation import deflated_factor, random_factor
 from lightning_pathkernel.sketch.kronecker import KroneckerSketch
+from lightning_pathkernel.sketch.shares import SideEnergies, share_out
 
-__all__ = ["SKETCHES", "SideMoments", "SketchSettings", "fit_second_stage", "fit_sketch", "register_sketch"]
+__all__ = [
+    "SKETCHES",
+    "SideMoments",
+    "SketchSettings",
+    "fit_second_stage",
+    "fit_sketch",
+    "fit_sketches",
+    "register_sketch",
+]
 
 Pair = tuple[Tensor | None, Tensor | None]
 """Training and query factor of one side, ``[k, d]`` each."""
@@ -26,20 +36,31 @@ class SketchSettings:
         kind: Key of `SKETCHES`.
         direction: Energy given to the direction of the displacement, relative to that of all examples.
         width: Rows of a thin factor: each parameter keeps at most ``width x width`` numbers per example.
+        features: Features of the first stage that are shared out over the parameters at least, by energy; None gives
+            every parameter ``width x width``. Only balanced sketches of networks with probes can be shared out.
+        most: Features of the first stage at most.
+        tolerance: Share of a chord's displacement, as probes see it, that the first stage may lose: the next chord gets
+            more features where it has lost more, and fewer where less.
         ridge: Regularisation of the balanced fit of the first stage.
         second_ridge: Regularisation of the balanced fit of the second stage.
     """
 
     kind: str = "balanced"
     width: int = 16
+    features: int | None = 256
+    most: int = 4096
+    tolerance: float = 0.03
     ridge: float = 0.03
     second_ridge: float = 0.1
-    direction: float = 1.0
+    direction: float = 5.0
 
 
 @dataclass(frozen=True)
 class SideMoments:
-    """Samples of one side of one parameter: of training gradients ``[N, d]`` and, if known, of queries ``[M, d]``."""
+    """Samples of one side of one parameter: of training gradients ``[N, d]`` and, if known, of queries ``[M, d]``.
+
+    Features are shared out by the squares of these numbers: they must have one scale for all parameters.
+    """
 
     train: Tensor
     query: Tensor | None = None
@@ -116,6 +137,70 @@ def fit_sketch(
         pairs.append((None, None) if small else fitter(side, settings.width, settings, generator))
     rows, columns = left.train.shape[1], right.train.shape[1]
     return KroneckerSketch(rows, columns, pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1])
+
+
+Sides = tuple[SideMoments, SideMoments]
+"""Of the rows and the columns of one parameter."""
+
+
+def fit_sketches(
+    sides: Mapping[str, Sides], riders: Mapping[str, int], settings: SketchSettings, generator: torch.Generator
+) -> dict[str, KroneckerSketch]:
+    """Choose the factors of several parameters, features shared out by energy where the settings say so.
+
+    Args:
+        sides: Parameter -> samples of its rows and of its columns.
+        riders: Parameter -> further parameters that share its left factor.
+        settings: Kind and sizes.
+        generator: Private source of randomness, on the CPU.
+
+    Returns:
+        Parameter -> sketch.
+    """
+    known = all(side.query is not None for both in sides.values() for side in both)
+    if settings.kind != "balanced" or settings.features is None or not known:
+        return {name: fit_sketch(left, right, settings, generator) for name, (left, right) in sides.items()}
+    widest = 2 * settings.width
+    fits = {
+        name: (_spectrum(left, widest, settings, generator), _spectrum(right, widest, settings, generator))
+        for name, (left, right) in sides.items()
+    }
+    energies = [
+        SideEnergies(left.energies, right.energies, riders.get(name, 0)) for name, (left, right) in fits.items()
+    ]
+    shares = share_out(energies, settings.features)
+    return {
+        name: _cut(fits[name], widths, tuple(side.train.shape[1] for side in sides[name]))
+        for name, widths in zip(sides, shares, strict=True)
+    }
+
+
+class _Spectrum(NamedTuple):
+    """Factors of one side, leading directions first, and the energy of each; no factors for a side of one dimension."""
+
+    train: Tensor | None
+    query: Tensor | None
+    energies: list[float]
+
+
+def _spectrum(side: SideMoments, widest: int, settings: SketchSettings, generator: torch.Generator) -> _Spectrum:
+    train, query = side.train, cast(Tensor, side.query)
+    scale = float(train.norm() * query.norm()) + 1e-30
+    if train.shape[1] == 1:
+        return _Spectrum(None, None, [scale])
+    p, q = balanced_factors(train, query, min(widest, train.shape[1]), settings.ridge, generator)
+    # the product of two sides' energies has the scale of the inner products' mean square once more than it should
+    energies = (train @ p.T).square().sum(0) * (query @ q.T).square().sum(0) / scale
+    return _Spectrum(p, q, energies.double().cummin(0).values.tolist())
+
+
+def _cut(fits: Sequence[_Spectrum], widths: tuple[int, int], shape: tuple[int, ...]) -> KroneckerSketch:
+    exact = [k == d for k, d in zip(widths, shape, strict=True)]
+    train, query = (
+        [None if whole or f is None else f[:k] for whole, f, k in zip(exact, factors, widths, strict=True)]
+        for factors in ([fit.train for fit in fits], [fit.query for fit in fits])
+    )
+    return KroneckerSketch(shape[0], shape[1], train[0], train[1], query[0], query[1])
 
 
 def fit_second_stage(

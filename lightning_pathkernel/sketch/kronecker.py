@@ -25,6 +25,9 @@ __all__ = ["Contractible", "KroneckerSketch"]
 _NUMBERS = 1 << 21
 """At most this many numbers of gradients are formed at once, 8 MB."""
 
+_OUTER_NUMBERS = 1 << 23
+"""At most this many numbers of a preconditioner times a factor are formed."""
+
 
 class Contractible(Protocol):
     """What a sketch asks of a per-example gradient."""
@@ -40,6 +43,10 @@ class Contractible(Protocol):
 
     def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """``left @ G_n @ right.T``, ``[n, k_left, k_right]``."""
+        ...
+
+    def factors(self) -> tuple[Tensor, Tensor | None] | None:
+        """``left [n, r]`` and ``right [n, c]`` of outer products (None: c = 1), or None."""
         ...
 
     def dense(self) -> Tensor:
@@ -58,7 +65,10 @@ def _transposed(factor: Tensor | None) -> Tensor | None:
 
 @dataclass(frozen=True)
 class KroneckerSketch:
-    """Thin factors ``[k, r]`` (left) and ``[k, c]`` (right) of the two sides of one parameter's sketch."""
+    """Thin factors ``[k, r]`` (left) and ``[k, c]`` (right) of the two sides of one parameter's sketch.
+
+    An exported machine has those of the query side only: the training side has done its work when a chord closes.
+    """
 
     rows: int
     columns: int
@@ -70,8 +80,8 @@ class KroneckerSketch:
     @property
     def shape(self) -> tuple[int, int]:
         """``(k_left, k_right)``."""
-        left = self.rows if self.train_left is None else int(self.train_left.shape[0])
-        right = self.columns if self.train_right is None else int(self.train_right.shape[0])
+        left = self.rows if self.query_left is None else int(self.query_left.shape[0])
+        right = self.columns if self.query_right is None else int(self.query_right.shape[0])
         return left, right
 
     @cached_property
@@ -93,10 +103,24 @@ class KroneckerSketch:
         """Features of queries, ``[n, k_left * k_right]``; ``preconditioner [r, c]`` is D."""
         if preconditioner is None:
             return gradient.project(self.query_left, self.query_right).flatten(1)
+        factors = gradient.factors()
+        if factors is not None and preconditioner.numel() * self.shape[1] <= _OUTER_NUMBERS:
+            return self._query_outer(*factors, preconditioner)
         rows = max(1, _NUMBERS // preconditioner.numel())
         parts = [gradient.take(slice(start, start + rows)) for start in range(0, gradient.n, rows)]
         whole = [_sandwich(self.query_left, part.dense() * preconditioner, self.query_right) for part in parts]
         return torch.cat(whole).flatten(1)
+
+    def _query_outer(self, left: Tensor, right: Tensor | None, preconditioner: Tensor) -> Tensor:
+        """The same of outer products: D goes into the columns' factor once, not into every gradient."""
+        if right is None:
+            inner = (left * preconditioner.T).unsqueeze(2)
+        elif self.query_right is None:
+            inner = left.unsqueeze(2) * preconditioner * right.unsqueeze(1)
+        else:
+            within = (preconditioner.unsqueeze(1) * self.query_right).flatten(0, 1)  # [r * k_right, c]
+            inner = (right @ within.T).unflatten(1, (self.rows, -1)) * left.unsqueeze(2)
+        return (inner if self.query_left is None else self.query_left @ inner).flatten(1)
 
     def train_matrix(self, matrix: Tensor) -> Tensor:
         """The training-side features of a whole gradient ``[r, c]``: ``[k_left * k_right]``."""
@@ -116,9 +140,26 @@ class KroneckerSketch:
         z = features.unflatten(-1, self.shape)
         return _sandwich(_transposed(self.query_left), z, _transposed(self.query_right))
 
-    def brought_back(self, matrices: Tensor) -> Tensor:
-        """The adjoint of `synthesise`: whole matrices ``[*, r, c]`` to query features ``[*, k_left * k_right]``."""
-        return _sandwich(self.query_left, matrices, self.query_right).flatten(-2)
+    def energy_form(self, preconditioner: Tensor | None = None) -> Tensor:
+        """The form ``M [k, k]`` with ``z^T M z = <G, D G>`` for the gradient G that features z stand for.
+
+        Args:
+            preconditioner: D, ``[r, c]``; None for the identity.
+
+        Returns:
+            ``M``, symmetric.
+        """
+        left, right = self._pairs(self.query_left, self.rows), self._pairs(self.query_right, self.columns)
+        inner = left.sum(1, keepdim=True) * right.sum(1) if preconditioner is None else left @ preconditioner @ right.T
+        k_left, k_right = self.shape
+        return inner.view(k_left, k_left, k_right, k_right).transpose(1, 2).reshape(self.features, self.features)
+
+    def _pairs(self, factor: Tensor | None, d: int) -> Tensor:
+        """Products of every two rows of a query factor, ``[k * k, d]``."""
+        if factor is None:
+            like = next(iter(self.tensors().values()))
+            factor = torch.eye(d, dtype=like.dtype, device=like.device)
+        return (factor.unsqueeze(1) * factor).flatten(0, 1)
 
     def reexpress(self, features: Tensor, target: KroneckerSketch) -> Tensor:
         """Training features ``[n, k]`` of this sketch in the basis of another, through the kept subspace."""
@@ -129,7 +170,8 @@ class KroneckerSketch:
     def scaled(self, left: Tensor, right: Tensor | None) -> KroneckerSketch:
         """The same sketch over a rank-one scale ``left [r] x right [c]``, moved to the training side.
 
-        The training factors are multiplied by it and the query factors divided, so inner products stay.
+        The training factors are multiplied by it and the query factors divided, so inner products stay; a side that is
+        kept exactly needs no scale.
 
         Args:
             left: Scale of the rows, positive.
@@ -140,9 +182,7 @@ class KroneckerSketch:
         """
 
         def times(factor: Tensor | None, by: Tensor | None) -> Tensor | None:
-            if by is None:
-                return factor
-            return torch.diag(by) if factor is None else factor * by
+            return factor if factor is None or by is None else factor * by
 
         if self.columns == 1 and right is not None:
             left, right = left * right, None

@@ -1,6 +1,6 @@
 """Files: atomic publication, chords as safetensors, the manifest."""
 
-from lightning_pathkernel.store.chords import read_group, read_tensors, tensor_names, write_group
+from lightning_pathkernel.store.chords import read_group, read_tensors, write_group
 from lightning_pathkernel.store.errors import ArtifactError
 from lightning_pathkernel.store.manifest import (
     FORMAT,
@@ -32,7 +32,6 @@ __all__ = [
     "read_manifest",
     "read_tensors",
     "sha256_of",
-    "tensor_names",
     "verify",
     "write_group",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_pathkernel.store.errors import ArtifactError
 from lightning_pathkernel.store.publish import publish_tensors
 
-__all__ = ["read_group", "read_tensors", "tensor_names", "write_group"]
+__all__ = ["read_group", "read_tensors", "write_group"]
 
 _HEADER_LIMIT = 16 << 20
 
@@ -39,22 +39,6 @@ def _opened(path: Path) -> Iterator[Any]:
         raise
     except (OSError, SafetensorError, ValueError, RuntimeError, OverflowError, TypeError) as error:
         raise ArtifactError(f"{path.name}: cannot be read as safetensors: {error}") from error
-
-
-def tensor_names(path: Path) -> list[str]:
-    """Names of the tensors of a safetensors file, from its header alone.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The names.
-
-    Raises:
-        ArtifactError: If the file is missing, truncated or not such a file.
-    """
-    with _opened(path) as handle:
-        return list(handle.keys())
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

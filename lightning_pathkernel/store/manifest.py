@@ -14,7 +14,7 @@ __all__ = ["FORMAT", "FORMAT_VERSION", "MANIFEST", "file_table", "read_manifest"
 
 MANIFEST = "manifest.json"
 FORMAT = "lightning_pathkernel.machine"
-FORMAT_VERSION = [0, 1]
+FORMAT_VERSION = [1, 0]
 _MANIFEST_LIMIT = 16 << 20
 
 

@@ -19,6 +19,7 @@ from tests.helpers import Classifier, digits
 
 CASES = {
     "sgd": ["--optimizer=sgd"],
+    "sgd, nodes by a tolerance": ["--optimizer=sgd", "--tolerance=0.05"],
     "adamw, clipping, accumulation": ["--optimizer=adamw", "--clip=1.0", "--accumulate=2"],
 }
 
@@ -47,6 +48,8 @@ def test_two_processes_make_the_machine_of_one(name: str, tmp_path: Path) -> Non
     for side in ("one", "two"):
         verify(tmp_path / side / "run" / "machine")
         machines[side] = KernelMachine.load(tmp_path / side / "run" / "machine", Classifier())
+    nodes = [[chord.last_step for chord in machine.chords] for machine in machines.values()]
+    assert nodes[0] == nodes[1], nodes
     assert machines["one"].example_ids.tolist() == machines["two"].example_ids.tolist() == list(range(COUNT))
     x, y = digits()[1].tensors
     found = torch.stack([machines[side].contributions(x[:40], y[:40]).flatten() for side in ("one", "two")])

@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--network", default="mlp")
     parser.add_argument("--clip", type=float)
     parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--tolerance", type=float)
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--injected", action="store_true", help="let the Trainer share out a plain loader")
     options = parser.parse_args()
@@ -74,7 +75,9 @@ def main() -> None:
         loader = DataLoader(training, BATCH // 2, sampler=Share(training))
     else:
         loader = DataLoader(training, BATCH, sampler=Interleaved(training))
-    path_kernel = PathKernelCallback(str(options.root / "run"), sketch_dim=512, nodes=8, probes=64)
+    path_kernel = PathKernelCallback(
+        str(options.root / "run"), sketch_dim=512, nodes=8, probes=64, tolerance=options.tolerance
+    )
     trainer = pl.Trainer(
         max_epochs=3, accelerator="cpu", devices=options.processes, strategy="ddp" if several else "auto",
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import lightning_pathkernel.recording.batches
 from lightning_pathkernel.capture.gradients import DenseGradient, OuterGradient, PerExampleGradient, VectorGradient
 from lightning_pathkernel.recording.arena import Arena
+from lightning_pathkernel.recording.batches import batches
 from lightning_pathkernel.recording.carry import carried as carried_steps
 from lightning_pathkernel.recording.carry import reexpress
 from lightning_pathkernel.recording.ranks import Ranks
-from lightning_pathkernel.recording.rows import RecordedStep, StepRows, summed, visited, weighted
+from lightning_pathkernel.recording.rows import RecordedStep, StepRows, summed, visited
 from lightning_pathkernel.sketch import KroneckerSketch
 
 R, C, K = 7, 9, 4
@@ -59,6 +61,10 @@ def gradients(seed: int, n: int, dtype: torch.dtype = torch.float64) -> dict[str
         "right": [OuterGradient(some(3, 3), some(4, C))],
         "whole": [OuterGradient(some(5, 3), some(6, 2))],
     }
+
+
+def features_in(sketches: Mapping[str, KroneckerSketch]) -> int:
+    return sum(sketch.features for sketch in sketches.values())
 
 
 def added(arena: Arena, sketches: Mapping[str, KroneckerSketch], uses: Uses, n: int) -> StepRows:
@@ -132,25 +138,40 @@ def test_rows_do_not_change_with_the_tensors_they_came_from() -> None:
 def test_weighted_rows_are_each_parameters_share() -> None:
     sketches, arena = basis(0), Arena(64)
     weights = np.random.default_rng(0).standard_normal((3, len(sketches)))
-    batches = [[gradients(0, 4)], [gradients(1, 2), gradients(2, 3)], [gradients(3, 1)]]
+    passes = [[gradients(0, 4)], [gradients(1, 2), gradients(2, 3)], [gradients(3, 1)]]
     clipping = [1.0, 0.25, 3.0]
     steps = [
         RecordedStep([added(arena, sketches, uses, uses["bias"][0].n) for uses in step], factor)
-        for step, factor in zip(batches, clipping, strict=True)
+        for step, factor in zip(passes, clipping, strict=True)
     ]
     expected = torch.zeros(4, sum(s.features for s in sketches.values()), dtype=torch.float64)
-    found = iter(weighted(steps, weights, sketches))
-    for step, weight, factor in zip(batches, weights, clipping, strict=True):
+    for step, weight, factor in zip(passes, weights, clipping, strict=True):
         scale = factor * torch.from_numpy(np.repeat(-weight, [s.features for s in sketches.values()]))
         for uses in step:
             n = uses["bias"][0].n
-            ids, rows = next(found)
-            torch.testing.assert_close(rows, unpacked(sketches, uses, n) * scale)
-            expected[ids] += rows
-    assert next(found, None) is None
+            expected[:n] += unpacked(sketches, uses, n) * scale
     ids = visited(steps)
     assert ids.tolist() == [0, 1, 2, 3]
-    torch.testing.assert_close(summed(ids, weighted(steps, weights, sketches), expected.shape[1:], expected), expected)
+    found = ((batch.ids, batch.shares(weights, sketches)) for batch in batches(steps, sketches))
+    torch.testing.assert_close(summed(ids, found, expected.shape[1:], expected), expected)
+
+
+@pytest.mark.parametrize("sizes", [[4] * 9, [4, 4, 1, 4, 4, 4, 2, 2], [1]])
+def test_steps_taken_together_have_each_its_own_features(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    sketches, arena = basis(0), Arena(64)
+    monkeypatch.setattr(lightning_pathkernel.recording.batches, "_NUMBERS", 12 * features_in(sketches))
+    uses = [gradients(i, n) for i, n in enumerate(sizes)]
+    steps = [
+        RecordedStep([added(arena, sketches, each, n)], 1.0 + i)
+        for i, (each, n) in enumerate(zip(uses, sizes, strict=True))
+    ]
+    found = list(batches(steps, sketches))
+    assert [step for batch in found for step in batch.steps] == list(range(len(sizes)))
+    assert all(batch.ids.shape[0] <= 12 for batch in found)
+    assert len(found) < len(sizes) or len(sizes) == 1
+    whole = torch.cat([unpacked(sketches, each, n) for each, n in zip(uses, sizes, strict=True)])
+    torch.testing.assert_close(torch.cat([batch.features for batch in found]), whole)
+    assert np.concatenate([batch.coefficients for batch in found]).tolist() == [1.0 + i for i in range(len(sizes))]
 
 
 def carried(momentum: Mapping[str, Tensor], shares: np.ndarray, overwrite: bool = True) -> tuple[Tensor, list[Tensor]]:

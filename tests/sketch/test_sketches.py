@@ -490,3 +490,24 @@ def test_an_unknown_kind(c: int) -> None:
     """Also where both sides are small enough to be kept exactly: a misspelt name must not pass unnoticed."""
     with pytest.raises(KeyError, match="balancd"):
         fitted("balancd", r=8, c=c)
+
+
+@pytest.mark.parametrize("whole", ["left", "right", "none"])
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_the_energy_form_is_that_of_the_gradient_that_features_stand_for(whole: str, preconditioned: bool) -> None:
+    left = None if whole == "left" else normal(40, 4, 6)
+    right = None if whole == "right" else normal(41, 5, 9)
+    sketch = KroneckerSketch(6, 9, left, right, left, right)
+    z, D = normal(42, sketch.features), normal(43, 6, 9).exp() if preconditioned else torch.ones(6, 9).double()
+    G = sketch.synthesise(z)
+    expected = float((G * D * G).sum())
+    assert float(z @ sketch.energy_form(D if preconditioned else None) @ z) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("kept", ["both", "left", "right", "neither"])
+def test_a_preconditioner_folded_into_a_factor_gives_the_features_of_the_whole_gradient(kept: str) -> None:
+    left = normal(44, 4, 6) if kept in ("both", "left") else None
+    right = normal(45, 5, 9) if kept in ("both", "right") else None
+    sketch, D = KroneckerSketch(6, 9, left, right, left, right), normal(46, 6, 9).exp()
+    outer = OuterGradient(normal(47, 7, 6), normal(48, 7, 9))
+    assert gap(sketch.query(outer, D), sketch.query(DenseGradient(outer.dense()), D)) < 1e-14

@@ -54,7 +54,7 @@ def odd_chord() -> Chord:
 
 
 def test_chords_come_back_bit_for_bit(run: Path, tmp_path: Path) -> None:
-    chords = [odd_chord(), *(read_chord(run / "machine" / chord_name(i)) for i in range(3))]
+    chords = [odd_chord(), *(read_chord(run / "recording" / chord_name(i)) for i in range(3))]
     assert chords[1].second_stage is not None
     assert all(getattr(chords[2], part) for part in ("preconditioner", "decay", "residual", "start_buffers"))
     for chord in chords:
@@ -64,9 +64,9 @@ def test_chords_come_back_bit_for_bit(run: Path, tmp_path: Path) -> None:
 
 
 def test_names_are_kept_when_examples_are_left_out_and_absent_where_there_are_none(run: Path, tmp_path: Path) -> None:
-    groups, _ = read_group(run / "machine" / chord_name(0))
+    groups, _ = read_group(run / "recording" / chord_name(0))
     assert "names" not in groups
-    chord = replace(read_chord(run / "machine" / chord_name(0)), names={7: "seven"})
+    chord = replace(read_chord(run / "recording" / chord_name(0)), names={7: "seven"})
     assert chord.without(chord.example_ids[:3]).names == {7: "seven"}
     groups, _ = read_group(write_chord(tmp_path, chord))
     assert bytes(groups["names"]["utf8"].tolist()) == b'{"7":"seven"}'
@@ -148,13 +148,11 @@ MISFITS = {
     "decay of an unknown parameter": put("decay", "nope", Z(3)),
     "buffers of another shape at the end": put("end_buffers", "net.2.running_mean", Z(3)),
     "no buffers at the end": drop("end_buffers"),
-    "factor of no dimension": put("train_left", WEIGHT, Z(())),
-    "factor of three dimensions": put("train_left", WEIGHT, Z(12, 12, 1)),
-    "training factor of another width": put("train_right", WEIGHT, Z(16, 63)),
+    "factor of no dimension": put("query_left", WEIGHT, Z(())),
+    "factor of three dimensions": put("query_left", WEIGHT, Z(12, 12, 1)),
     "query factor of another width": put("query_right", WEIGHT, Z(16, 63)),
     "query factor of another number of rows": put("query_right", WEIGHT, Z(15, 64)),
     "no query factors": drop("query_right"),
-    "no training factors": drop("train_right"),
     "another number of rows": sketched(13, 64),
     "another number of columns": sketched(12, 65),
     "negative sizes": sketched(-12, -64),
@@ -172,7 +170,7 @@ MISFITS = {
 
 @pytest.mark.parametrize("name", MISFITS)
 def test_parts_of_a_chord_that_do_not_fit_are_refused(name: str, run: Path, tmp_path: Path) -> None:
-    groups, facts = read_group(run / "machine" / MIDDLE)
+    groups, facts = read_group(run / "recording" / MIDDLE)
     MISFITS[name](groups, facts)
     path = write_group(tmp_path / "x.safetensors", groups, facts)
     with refused(r"^x\.safetensors: "):

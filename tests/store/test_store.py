@@ -19,6 +19,7 @@ import torch
 
 from lightning_pathkernel import ArtifactError, KernelMachine, verify
 from lightning_pathkernel.chord_io import chord_name, read_chord
+from lightning_pathkernel.packed_io import read_packed
 from lightning_pathkernel.store import publish, publish_json, publish_tensors, read_group, read_tensors
 from tests.store.artifacts import CONSTANTS, DEEP, MANIFEST, MIDDLE, WEIGHT, edit, flip, names, network, refused
 
@@ -125,9 +126,17 @@ def test_a_missing_file_and_a_directory_are_refused_by_name(tmp_path: Path) -> N
         read_tensors(tmp_path)
 
 
-@pytest.mark.parametrize("read", [read_tensors, read_chord])
-def test_every_truncation_is_refused_by_name(read: Callable, run: Path, tmp_path: Path) -> None:
-    whole = (run / "machine" / MIDDLE).read_bytes()
+READERS = {
+    "recording": read_chord,
+    "machine": lambda path: read_packed(path, None),
+}
+
+
+@pytest.mark.parametrize("part", READERS)
+@pytest.mark.parametrize("whole_chord", [False, True])
+def test_every_truncation_is_refused_by_name(whole_chord: bool, part: str, run: Path, tmp_path: Path) -> None:
+    read = READERS[part] if whole_chord else read_tensors
+    whole = (run / part / MIDDLE).read_bytes()
     rng = random.Random(1)
     for size in [0, 1, 7, 8, 9, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(50))]:
         (tmp_path / "cut.safetensors").write_bytes(whole[:size])
@@ -150,7 +159,7 @@ def test_a_sound_machine_is_accepted(machine: Path) -> None:
     digest = hashlib.sha256((machine / MANIFEST).read_bytes()).hexdigest()
     verify(machine)
     verify(str(machine), expected_sha256=digest)
-    edit(machine, lambda manifest: manifest.update(version=[0, 99]))
+    edit(machine, lambda manifest: manifest.update(version=[1, 99]))
     verify(machine)
     with refused(r"^manifest\.json: sha256 [0-9a-f]{64}, [0-9a-f]{64} expected"):
         verify(machine, expected_sha256=digest)
@@ -173,8 +182,9 @@ MANIFESTS: dict[str, tuple[bytes | Callable[[dict], object], str]] = {
     "no version": (lambda m: m.pop("version"), "malformed"),
     "empty version": (lambda m: m.update(version=[]), "malformed"),
     "version that is a number": (lambda m: m.update(version=0), "malformed"),
-    "another format": (lambda m: m.update(format="other"), r"format 'other' \[0, 1\], this version reads"),
-    "a newer major version": (lambda m: m.update(version=[1, 0]), r"\[1, 0\], this version reads .* 0\.x"),
+    "another format": (lambda m: m.update(format="other"), r"format 'other' \[1, 0\], this version reads"),
+    "a newer major version": (lambda m: m.update(version=[2, 0]), r"\[2, 0\], this version reads .* 1\.x"),
+    "an older major version": (lambda m: m.update(version=[0, 1]), r"\[0, 1\], this version reads .* 1\.x"),
     "an unknown required feature": (lambda m: m.update(required_features=["rotation"]), "rotation"),
     "files that are no dictionary": (lambda m: m.update(files=["README.md"]), "malformed"),
     "facts that are no dictionary": (lambda m: m["files"].update({"README.md": 3}), "malformed"),

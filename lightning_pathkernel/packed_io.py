@@ -1,0 +1,217 @@
+"""A path's chords to and from the files of an artifact, in few bytes.
+
+A recording holds every number as it was; an artifact holds what questions to a machine need, in formats of `packing`:
+
+- nodes: the first one as it is, then each chord's displacement in eight bits, taken from the node that the rounded
+  displacements before it lead to, so that rounding never adds up; the last node as it is, so that the network that the
+  machine stands for is the one that was trained, to the last bit;
+- rows in eight bits, rounded so that their sum stays (or in float16), the preconditioner in eight bits of its
+  logarithm, decay and residual in eight bits;
+- the query side of both stages of the sketch, which the recorder has rounded to eight bits already (`sketch.rounding`).
+
+The machine's ledger is taken along the path as stored, with the numbers as stored: what rounding costs is in its
+``sketch`` term.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_pathkernel.chord import Chord
+from lightning_pathkernel.chord_io import FACTORS, MALFORMED, check_chord, chord_facts, chord_name
+from lightning_pathkernel.names import decode_names, encode_names
+from lightning_pathkernel.packing import (
+    Groups,
+    pack_blocks,
+    pack_integers,
+    pack_logarithms,
+    pack_rows,
+    unpack,
+    unpack_rows,
+)
+from lightning_pathkernel.sketch import KroneckerSketch, from_grid, pivots_of, to_grid
+from lightning_pathkernel.store import ArtifactError, read_group, write_group
+
+__all__ = ["Node", "read_packed", "write_packed"]
+
+
+@dataclass(frozen=True)
+class Node:
+    """Where a path stands, as far as an artifact's files tell: weights and floating-point buffers."""
+
+    weights: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+def write_packed(directory: Path, chord: Chord, before: Node | None, last: bool, row_bits: int = 8) -> Node:
+    """Publish a chord as part of an artifact; nothing is overwritten.
+
+    Args:
+        directory: Where.
+        chord: What.
+        before: The node at which it begins, as `write_packed` of the chord before returned it; None for the first one.
+        last: Whether the path ends with it.
+        row_bits: Bits of a row's number, 8 or 16.
+
+    Returns:
+        The node at which it ends.
+    """
+    known = before or Node({}, {})
+    start = {name: known.weights.get(name, weight) for name, weight in chord.start.items()}
+    groups: Groups = {"start": {name: weight for name, weight in start.items() if name not in known.weights}}
+    end = chord.weights(1.0)
+    if last:
+        groups["end"] = end
+    else:
+        pack_blocks("delta", {name: end[name] - weight for name, weight in start.items()}, groups)
+        delta = unpack("delta", groups)
+        end = {name: weight + delta[name] for name, weight in start.items()}
+    if not _same(chord.start_buffers, known.buffers):
+        groups["start_buffers"] = dict(chord.start_buffers)
+    groups["end_buffers"] = dict(chord.end_buffers)
+    pack_logarithms("preconditioner", chord.preconditioner, groups)
+    for kind in ("decay", "residual"):
+        pack_blocks(kind, {n: v for n, v in getattr(chord, kind).items() if bool(v.any())}, groups)
+    _pack_sketches(chord, groups)
+    groups["rows"] = {
+        "example_ids": pack_integers(chord.example_ids), "self_inner": chord.self_inner,
+        **pack_rows(chord.rows, row_bits), **_packed_stage(chord.second_stage),
+    }  # fmt: skip
+    if chord.names:
+        groups["names"] = {"utf8": encode_names(chord.names)}
+    write_group(directory / chord_name(chord.index), groups, chord_facts(chord))
+    return Node(end, dict(chord.end_buffers))
+
+
+def _same(one: Any, two: Any) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def _on_grid(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Codes and exponents of a matrix that was rounded before, or None where they would not give it back exactly."""
+    if matrix.dtype is not torch.float32 or matrix.dim() != 2 or not bool(matrix.isfinite().all()):
+        return None
+    codes, exponents = to_grid(matrix)
+    return (codes, exponents) if torch.equal(from_grid(codes, exponents), matrix) else None
+
+
+def _pack_sketches(chord: Chord, groups: Groups) -> None:
+    for kind in FACTORS:
+        for name, sketch in chord.sketches.items():
+            factor = getattr(sketch, kind)
+            if factor is None:
+                continue
+            packed = _on_grid(factor)
+            groups.setdefault(kind, {})[name] = factor if packed is None else packed[0]
+            if packed is not None:
+                groups.setdefault(f"{kind}.exponents", {})[name] = packed[1]
+
+
+def _packed_stage(stage: Tensor | None) -> dict[str, Tensor]:
+    if stage is None:
+        return {}
+    pivots = pivots_of(stage)
+    packed = None if pivots is None else _on_grid(stage[:, _others(pivots, stage.shape[1])])
+    if pivots is None or packed is None:
+        return {"second_stage": stage}
+    return {"second_stage": packed[0], "stage_exponents": packed[1], "pivots": pivots.to(torch.int32)}
+
+
+def _others(pivots: Tensor, count: int) -> Tensor:
+    free = torch.ones(count, dtype=torch.bool)
+    free[pivots.cpu()] = False
+    return free.nonzero().flatten().to(pivots.device)
+
+
+def read_packed(path: Path, before: Node | None) -> tuple[Chord, Node]:
+    """Read a chord of an artifact back.
+
+    Args:
+        path: A file that `write_packed` wrote.
+        before: The node at which it begins; None for the first one.
+
+    Returns:
+        The chord, on the CPU, without the training side of its sketch; and the node at which it ends.
+
+    Raises:
+        ArtifactError: If the file is damaged, or its parts do not fit together.
+    """
+    groups, facts = read_group(path)
+    try:
+        return _assembled(groups, facts, before or Node({}, {}))
+    except MALFORMED as error:
+        raise ArtifactError(f"{path.name}: not a chord: {error!r}") from error
+
+
+def _assembled(groups: Groups, facts: dict[str, Any], known: Node) -> tuple[Chord, Node]:
+    stored = groups["rows"]
+    start = {**known.weights, **groups.get("start", {})}
+    end = groups.get("end", {})
+    if end and (end.keys() != start.keys() or "delta" in groups):
+        raise ValueError("the weights at the end are not those of the start, or beside a displacement")
+    _check_like("end", end, start)
+    delta = {name: end[name] - weight for name, weight in start.items()} if end else unpack("delta", groups)
+    integers = stored["example_ids"]
+    ids = integers.long() if integers.dtype is torch.int32 else integers
+    chord = Chord(
+        int(facts["index"]), int(facts["first_step"]), int(facts["last_step"]), float(facts["learning_time"]),
+        ids, unpack_rows(stored), stored["self_inner"], _unpacked_sketches(groups, facts), None, start, delta,
+        groups.get("start_buffers", known.buffers), groups.get("end_buffers", {}), unpack("preconditioner", groups),
+        unpack("decay", groups), unpack("residual", groups),
+        names=decode_names(groups["names"]["utf8"]) if "names" in groups else {}, end=end,
+    )  # fmt: skip
+    features = sum(sketch.features for sketch in chord.sketches.values())
+    chord = replace(chord, second_stage=_unpacked_stage(stored, features))
+    check_chord(chord)
+    return chord, Node(chord.weights(1.0), dict(chord.end_buffers))
+
+
+def _check_like(kind: str, values: dict[str, Tensor], like: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        if value.shape != like[name].shape or value.dtype != like[name].dtype:
+            raise ValueError(f"{kind} of {name!r} does not fit")
+
+
+def _unpacked_sketches(groups: Groups, facts: dict[str, Any]) -> dict[str, KroneckerSketch]:
+    factors: dict[str, dict[str, Tensor]] = {}
+    for kind in FACTORS:
+        codes, exponents = groups.get(kind, {}), groups.get(f"{kind}.exponents", {})
+        if not exponents.keys() <= codes.keys():
+            raise ValueError(f"exponents of {kind} for no factors")
+        factors[kind] = {n: _unpacked(n, c, exponents[n]) if n in exponents else c for n, c in codes.items()}
+    return {
+        name: KroneckerSketch(rows, columns, None, None, *(factors[kind].get(name) for kind in FACTORS))
+        for name, rows, columns in facts["sketches"]
+    }
+
+
+def _unpacked(name: str, codes: Tensor, exponents: Tensor) -> Tensor:
+    if codes.dtype is not torch.int8 or exponents.dtype is not torch.int8 or codes.dim() != 2:
+        raise ValueError(f"factor of {name!r} of {codes.dtype} {tuple(codes.shape)}, exponents of {exponents.dtype}")
+    if exponents.shape != codes.shape[1:]:
+        raise ValueError(f"factor of {name!r} of {tuple(codes.shape)} with {tuple(exponents.shape)} exponents")
+    return from_grid(codes, exponents)
+
+
+def _unpacked_stage(stored: dict[str, Tensor], features: int) -> Tensor | None:
+    """The second stage's query map, whose size is checked before it is allocated."""
+    codes, exponents, pivots = (stored.get(name) for name in ("second_stage", "stage_exponents", "pivots"))
+    if codes is None or (exponents is None and pivots is None):
+        return codes
+    if exponents is None or pivots is None or pivots.dtype is not torch.int32 or pivots.dim() != 1:
+        raise ValueError("second stage without its exponents or pivots")
+    k = len(pivots)
+    if codes.shape != (k, features - k) or len(torch.unique(pivots)) != k:
+        raise ValueError(f"second stage of {tuple(codes.shape)} with {k} pivots for {features} features")
+    if k and not 0 <= int(pivots.min()) <= int(pivots.max()) < features:
+        raise ValueError(f"pivots beyond {features} features")
+    free = _unpacked("second stage", codes, exponents)
+    stage = free.new_zeros(k, features)
+    stage[:, pivots.long()] = torch.eye(k)
+    stage[:, _others(pivots.long(), features)] = free
+    return stage
