@@ -11,6 +11,7 @@ datamodelling score over retrainings on random halves. DIRECTORY holds Fashion-M
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch import Tensor
 from benchmarks import attributors
 from benchmarks.attributors import Answer, ExactLogOdds
 from benchmarks.faithfulness import CASES, PROBES, TRAIN, Run, images, record
-from benchmarks.page import conditions, emit, table
+from benchmarks.page import command, conditions, emit, table
 from benchmarks.retraining import bootstrap, halves, retrained, scores
 
 __all__ = ["Verdict", "compare"]
@@ -192,11 +193,12 @@ def main() -> None:
             rows += [_row(case, seed, verdict) for verdict in verdicts]
             notes += [f"- {case}, seed {seed}. {line}" for line in found]
             print("\n".join(table(HEADER, rows)[-len(verdicts) :]), flush=True)
-    command = (
-        f"python -m benchmarks.attribution DIRECTORY --seeds {args.seeds} --queries {args.queries} "
-        f"--subsets {args.subsets} --sketch-dims {' '.join(map(str, args.sketch_dims))}"
+    emit(
+        "attribution",
+        command("attribution", sys.argv[1:]),
+        [conditions(*PACKAGES), "", *table(HEADER, rows), "", *notes],
+        args.docs,
     )
-    emit("attribution", command, [conditions(*PACKAGES), "", *table(HEADER, rows), "", *notes], args.docs)
 
 
 if __name__ == "__main__":

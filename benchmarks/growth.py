@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.memory import high_water, reset_high_water, resident
-from benchmarks.page import conditions, emit, table
+from benchmarks.page import command, conditions, emit, table
 from lightning_pathkernel import KernelMachine, PathKernelCallback
 from lightning_pathkernel.path import node_schedule
 
@@ -207,9 +207,9 @@ def in_a_process(point: Point, threads: int) -> dict[str, float]:
     Raises:
         RuntimeError: If the process ends with an error.
     """
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.growth", "--point", json.dumps(asdict(point))]
+    child = [sys.executable, "-W", "ignore", "-m", "benchmarks.growth", "--point", json.dumps(asdict(point))]
     done = subprocess.run(
-        [*command, "--threads", str(threads)], capture_output=True, text=True, timeout=1200, check=False
+        [*child, "--threads", str(threads)], capture_output=True, text=True, timeout=1200, check=False
     )
     if done.returncode:
         raise RuntimeError(f"{point}: {done.stderr.strip().splitlines()[-1]}")
@@ -253,7 +253,7 @@ def main() -> None:
         print("\n".join(lines[-len(found) - 4 :]), flush=True)
     if args.json:
         args.json.write_text("".join(json.dumps(point) + "\n" for point in points), encoding="utf-8")
-    emit("growth", f"python -m benchmarks.growth --sweeps {' '.join(sweeps)}", lines[:-1], args.docs)
+    emit("growth", command("growth", sys.argv[1:]), lines[:-1], args.docs)
 
 
 if __name__ == "__main__":

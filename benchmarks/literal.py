@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,7 +25,7 @@ from torch.func import functional_call, jvp
 
 from benchmarks.faithfulness import PROBES, TRAIN, Case, Weights, cnn, images, record
 from benchmarks.networks import mlp
-from benchmarks.page import conditions, emit, table
+from benchmarks.page import command, conditions, emit, table
 from lightning_pathkernel.functional import kernel_machine_fidelity
 from lightning_pathkernel.path import QuadratureRule, gauss_legendre, node_schedule
 
@@ -137,8 +138,7 @@ def main() -> None:
         print(" | ".join(rows[-1]), flush=True)
     header = ["network, optimiser", "literal, per step", f"literal, {NODES} nodes", "linearised",
               "one chord per step, 2 points", f"machine, {NODES} nodes, {args.sketch_dim}"]  # fmt: skip
-    command = f"python -m benchmarks.literal DIRECTORY --seeds {args.seeds} --queries {args.queries}"
-    emit("literal", command, [conditions(), "", *table(header, rows)], args.docs)
+    emit("literal", command("literal", sys.argv[1:]), [conditions(), "", *table(header, rows)], args.docs)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-__all__ = ["conditions", "emit", "table"]
+__all__ = ["command", "conditions", "emit", "table"]
 
 
 def conditions(*packages: str) -> str:
@@ -33,6 +34,16 @@ def conditions(*packages: str) -> str:
         f"{', '.join(found)}; {cores} of {os.cpu_count()} CPUs, {torch.get_num_threads()} threads, load "
         f"{os.getloadavg()[0]:.1f} when it was written."
     )
+
+
+def command(module: str, arguments: Sequence[str]) -> str:
+    """What to run to measure again: the arguments as they were given, without files to write and without paths."""
+    shown, skip = [], False
+    for argument in arguments:
+        if not skip and argument not in ("--docs", "--json"):
+            shown.append("DIRECTORY" if Path(argument).is_dir() else shlex.quote(argument))
+        skip = argument in ("--docs", "--json")
+    return " ".join([f"python -m benchmarks.{module}", *shown])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

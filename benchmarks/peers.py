@@ -24,7 +24,7 @@ import torch
 from benchmarks.contenders import CONTENDERS, DISTRIBUTIONS, PLAIN, RECORDED, Settings, Step, missing
 from benchmarks.memory import high_water, reset_high_water, resident
 from benchmarks.networks import NETWORKS
-from benchmarks.page import conditions, emit, table
+from benchmarks.page import command, conditions, emit, table
 
 __all__ = ["Cost", "costs", "factor", "peak_memory"]
 
@@ -145,9 +145,9 @@ def peak_memory(name: str, network: str, sketch_dim: int, threads: int, probes: 
     Raises:
         RuntimeError: If the process ends with an error.
     """
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.peers", "--child", name, "--networks", network]
-    command += ["--sketch-dim", str(sketch_dim), "--threads", str(threads), "--probes", str(probes)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    child = [sys.executable, "-W", "ignore", "-m", "benchmarks.peers", "--child", name, "--networks", network]
+    child += ["--sketch-dim", str(sketch_dim), "--threads", str(threads), "--probes", str(probes)]
+    done = subprocess.run(child, capture_output=True, text=True, timeout=900, check=False)
     if done.returncode:
         raise RuntimeError(f"{name} on {network}: {done.stderr.strip().splitlines()[-1]}")
     before, beyond = done.stdout.split()[-2:]
@@ -217,8 +217,7 @@ def main() -> None:
         args.rounds, args.networks, args.probes = 6, ["mlp"], 32
     rounds = {name: max(args.rounds // 6, 5) if name == "transformer" else args.rounds for name in args.networks}
     lines = report(args.networks, rounds, args.sketch_dim, args.threads, args.probes)
-    command = f"python -m benchmarks.peers --rounds {args.rounds} --sketch-dim {args.sketch_dim}"
-    emit("peers", command, [conditions(*DISTRIBUTIONS), "", *lines], args.docs)
+    emit("peers", command("peers", sys.argv[1:]), [conditions(*DISTRIBUTIONS), "", *lines], args.docs)
 
 
 if __name__ == "__main__":

@@ -182,6 +182,11 @@ def test_a_section_is_replaced_and_what_is_around_it_stays(tmp_path: Path, capsy
     assert "python -m a" in capsys.readouterr().out
 
 
+def test_the_command_names_no_paths(tmp_path: Path) -> None:
+    given = [str(tmp_path), "--docs", "page.md", "--case", "MLP, SGD", "--seeds", "2"]
+    assert page.command("literal", given) == "python -m benchmarks.literal DIRECTORY --case 'MLP, SGD' --seeds 2"
+
+
 def test_the_grid_is_drawn(tmp_path: Path) -> None:
     rows = [
         {"case": case, "optimizer": optimizer, "nodes": nodes, "sketch_dim": dim, "seed": seed,
