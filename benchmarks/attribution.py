@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import attributors
-from benchmarks.attributors import Answer, ExactLogOdds
-from benchmarks.faithfulness import CASES, PROBES, TRAIN, Run, images, record
+from benchmarks.attributors import Answer
+from benchmarks.cases import CASES, PROBES, TRAIN, Data, images
 from benchmarks.page import command, conditions, emit, table
+from benchmarks.recorded import Run, data_of, record
 from benchmarks.retraining import bootstrap, halves, retrained, scores
 
 __all__ = ["Verdict", "compare"]
@@ -74,7 +75,6 @@ def _fitting(one: float, budget: float, most: int) -> int:
 
 def _rivals(
     run: Run,
-    data: tuple[Tensor, Tensor],
     queries: tuple[Tensor, Tensor],
     ours: Answer,
     proj_dim: int,
@@ -82,14 +82,14 @@ def _rivals(
     most_checkpoints: int,
 ) -> tuple[list[Answer], list[str]]:
     """Answers of the peers that are installed, at equal time and at equal bytes, and why others are not there."""
-    answers, notes, limit = [], [], min(len(run.batches), most_checkpoints)
+    answers, notes, limit = [], [], min(len(run.training.batches), most_checkpoints)
     for name, most in (("tracin", limit), ("trak", min(limit, TRAK_MOST))):
 
         def ask(count: int, method: str = name) -> Answer:
             place = folder / f"{method}-{count}"
             if method == "tracin":
-                return attributors.ask_tracin(run, data, queries, count, place)
-            return attributors.ask_trak(run, data, queries, count, max(proj_dim, LEAST), place)
+                return attributors.ask_tracin(run, queries, count, place)
+            return attributors.ask_trak(run, queries, count, max(proj_dim, LEAST), place)
 
         try:
             found = {1: ask(1)}
@@ -109,38 +109,35 @@ def _rivals(
 
 
 def compare(
-    case: str, seed: int, sketch_dims: Sequence[int], data: tuple[Tensor, Tensor], unseen: tuple[Tensor, Tensor],
-    probes: int, subsets: int, most_checkpoints: int = 10**6,
-) -> tuple[list[Verdict], list[str]]:  # fmt: skip
+    case: str, seed: int, sketch_dims: Sequence[int], data: Data, subsets: int, most_checkpoints: int = 10**6
+) -> tuple[list[Verdict], list[str]]:
     """All methods on one run.
 
     Args:
         case: Which network and optimiser.
         seed: Of the run, and of the subsets.
         sketch_dims: Of our machines, the first of which sets time and bytes for the peers.
-        data: Training examples.
-        unseen: Other images: first the probes, then the queries.
-        probes: How many are probes.
+        data: Training examples, probes and queries.
         subsets: Retrainings.
         most_checkpoints: Of a peer, where equal time or bytes would be more.
 
     Returns:
         A verdict per method, the exact contributions first, and notes.
     """
-    queries = unseen[0][probes:], unseen[1][probes:]
+    runs = {dim: record(CASES[case], seed, dim, data) for dim in sketch_dims}
+    run = runs[sketch_dims[0]]
+    exact, target = attributors.exact_log_odds(run)
+    queries = data.queries, target
     with tempfile.TemporaryDirectory() as place:
-        folder, answers, exact = Path(place), [], None
-        for dim in sketch_dims:
-            run = record(CASES[case], seed, dim, data, unseen[0][:probes])
-            if exact is None:
-                exact = ExactLogOdds(run, data).contributions(*queries)[0]
-            answers.append(attributors.ask_machine(f"path kernel, {dim}", run, queries, folder / f"machine-{dim}"))
-        if exact is None:
-            raise ValueError("sketch_dims is empty: name at least one")
-        more, notes = _rivals(run, data, queries, answers[0], sketch_dims[0], folder, most_checkpoints)
+        folder = Path(place)
+        answers = [
+            attributors.ask_machine(f"path kernel, {dim}", each, queries, folder / f"machine-{dim}")
+            for dim, each in runs.items()
+        ]
+        more, notes = _rivals(run, queries, answers[0], sketch_dims[0], folder, most_checkpoints)
     answers = [Answer("exact path kernel", exact, 0, 0.0), *answers, *more]
-    keep = halves(subsets, len(data[0]), 1000 + seed)
-    outputs = retrained(CASES[case], seed, data, keep, *queries)
+    keep = halves(subsets, len(data.x), 1000 + seed)
+    outputs = retrained(CASES[case], seed, data, keep, target)
     errors = bootstrap([a.contributions for a in answers], keep, outputs)
     lds = [float(scores(a.contributions, keep, outputs).mean()) for a in answers]
     return [
@@ -182,14 +179,12 @@ def main() -> None:
     train, probes = TRAIN, PROBES
     if args.quick:
         train, probes, args.seeds, args.queries, args.subsets, args.sketch_dims = 192, 32, 1, 8, 6, [32]
-    data = images(args.directory, "train", train)
-    unseen = images(args.directory, "t10k", probes + args.queries)
+    unseen = images(args.directory, "t10k", probes + args.queries)[0]
+    data = data_of(images(args.directory, "train", train), unseen, probes)
     rows, notes = [], []
     for case in args.case or ("MLP, SGD", "MLP, AdamW"):
         for seed in range(args.seeds):
-            verdicts, found = compare(
-                case, seed, args.sketch_dims, data, unseen, probes, args.subsets, args.most_checkpoints
-            )
+            verdicts, found = compare(case, seed, args.sketch_dims, data, args.subsets, args.most_checkpoints)
             rows += [_row(case, seed, verdict) for verdict in verdicts]
             notes += [f"- {case}, seed {seed}. {line}" for line in found]
             print("\n".join(table(HEADER, rows)[-len(verdicts) :]), flush=True)

@@ -1,7 +1,7 @@
 """Contributions of training examples to queries' log-odds, by this package, captum's TracInCP and TRAK.
 
 Each takes what it needs from a recorded run, says how many bytes it keeps on disk, and is asked the same question. All
-explain the same scalar: the log-odds of the query's class.
+explain the same scalar: the log-odds of the class that the network predicts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.faithfulness import BruteForce, Run, Weights
+from benchmarks.brute_force import exact_contributions
+from benchmarks.recorded import Run
 from benchmarks.retraining import log_odds
 from lightning_pathkernel.chord_io import read_chord, write_chord
 from lightning_pathkernel.machine import KernelMachine
 
-__all__ = ["Answer", "ExactLogOdds", "ask_machine", "ask_tracin", "ask_trak", "checkpoint_bytes", "spread_out"]
+__all__ = ["Answer", "ask_machine", "ask_tracin", "ask_trak", "checkpoint_bytes", "exact_log_odds", "spread_out"]
 
 Queries = tuple[Tensor, Tensor]
 _BATCH, _LONG = 256, 5.0
@@ -48,12 +49,25 @@ class Answer:
     seconds: float
 
 
-class ExactLogOdds(BruteForce):
-    """Exact contributions to the log-odds instead of a logit."""
+class _LogOdds(nn.Module):
+    """Logits as they are in training; in evaluation the log-odds of every class."""
 
-    def _output(self, weights: Weights, x: Tensor, target: Tensor) -> Tensor:
-        outputs = torch.func.functional_call(self.module, weights, (x[None],))
-        return log_odds(outputs, target[None])[0]
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return x
+        classes = torch.arange(x.shape[1])
+        return torch.stack([log_odds(x, k.expand(len(x))) for k in classes], 1)
+
+
+def exact_log_odds(run: Run) -> tuple[Tensor, Tensor]:
+    """Exact contributions to the log-odds of every query's predicted class, ``[Q, N]``, and these classes, ``[Q]``."""
+    case = run.training.case
+
+    def network() -> nn.Module:
+        return nn.Sequential(*case.network(), _LogOdds())
+
+    exact = exact_contributions(replace(run.training, case=replace(case, network=network)))
+    return exact.contributions, exact.target
 
 
 def spread_out(steps: int, count: int) -> list[int]:
@@ -63,7 +77,7 @@ def spread_out(steps: int, count: int) -> list[int]:
 
 def checkpoint_bytes(run: Run) -> int:
     """Bytes of one checkpoint's weights."""
-    return sum(w.numel() * w.element_size() for w in run.weights[0].values())
+    return sum(w.numel() * w.element_size() for w in run.training.states[0].values())
 
 
 def _files(directory: Path) -> int:
@@ -84,9 +98,13 @@ def ask_machine(name: str, run: Run, queries: Queries, directory: Path) -> Answe
     """This package: the machine as it is read back from its files."""
     directory.mkdir()
     paths = [write_chord(directory, chord) for chord in run.machine.chords]
-    machine = KernelMachine(run.case.network(), [read_chord(path) for path in paths])
+    machine = KernelMachine(run.training.case.network(), [read_chord(path) for path in paths])
     found, seconds = _asked(lambda: machine.contributions(*queries, output_fn=log_odds))
     return Answer(name, found, _files(directory), seconds)
+
+
+def _loader(run: Run) -> DataLoader[tuple[Tensor, ...]]:
+    return DataLoader(TensorDataset(run.training.data.x, run.training.data.y), _BATCH)
 
 
 def _checkpoints(run: Run, steps: Sequence[int], directory: Path) -> list[str]:
@@ -94,18 +112,18 @@ def _checkpoints(run: Run, steps: Sequence[int], directory: Path) -> list[str]:
     paths = []
     for step in steps:
         path = directory / f"{step}.safetensors"
-        save_file({name: w.contiguous() for name, w in run.weights[step].items()}, path)
+        save_file({name: w.contiguous() for name, w in run.training.states[step].items()}, path)
         paths.append(str(path))
     return paths
 
 
-def ask_tracin(run: Run, data: tuple[Tensor, Tensor], queries: Queries, checkpoints: int, directory: Path) -> Answer:
+def ask_tracin(run: Run, queries: Queries, checkpoints: int, directory: Path) -> Answer:
     """Captum's TracInCP over evenly spaced checkpoints, the learning rate of each as its weight."""
     from captum.influence import TracInCP
 
-    steps = spread_out(len(run.batches), checkpoints)
+    steps = spread_out(len(run.training.batches), checkpoints)
     paths = _checkpoints(run, steps, directory)
-    rates = {path: run.rates[step - 1] for path, step in zip(paths, steps, strict=True)}
+    rates = {path: run.training.rates[step - 1] for path, step in zip(paths, steps, strict=True)}
 
     def load(module: nn.Module, path: str) -> float:
         module.load_state_dict(load_file(path))
@@ -115,29 +133,27 @@ def ask_tracin(run: Run, data: tuple[Tensor, Tensor], queries: Queries, checkpoi
         return -log_odds(outputs, target).sum()
 
     tracin = TracInCP(
-        run.case.network(), DataLoader(TensorDataset(*data), _BATCH), paths, load,
+        run.training.case.network(), _loader(run), paths, load,
         loss_fn=nn.CrossEntropyLoss(reduction="sum"), test_loss_fn=minus_log_odds, sample_wise_grads_per_batch=True,
     )  # fmt: skip
     found, seconds = _asked(lambda: tracin.influence(queries).detach())
     return Answer(f"TracInCP, {checkpoints} checkpoints", found, _files(directory), seconds)
 
 
-def ask_trak(
-    run: Run, data: tuple[Tensor, Tensor], queries: Queries, checkpoints: int, proj_dim: int, directory: Path
-) -> Answer:
+def ask_trak(run: Run, queries: Queries, checkpoints: int, proj_dim: int, directory: Path) -> Answer:
     """TRAK with features of evenly spaced checkpoints of the run, averaged; its projector for the CPU."""
     from trak import TRAKer
 
-    n, asked = len(data[0]), len(queries[0])
-    states = [dict(run.weights[step]) for step in spread_out(len(run.batches), checkpoints)]
+    n, asked = len(run.training.data.x), len(queries[0])
+    states = [dict(run.training.states[step]) for step in spread_out(len(run.training.batches), checkpoints)]
     with open(os.devnull, "w", encoding="ascii") as quiet, contextlib.redirect_stderr(quiet):
         traker = TRAKer(
-            model=run.case.network().eval(), task="image_classification", train_set_size=n, device="cpu",
+            model=run.training.case.network().eval(), task="image_classification", train_set_size=n, device="cpu",
             proj_dim=proj_dim, use_half_precision=False, save_dir=str(directory), logging_level=logging.ERROR,
         )  # fmt: skip
         for index, state in enumerate(states):
             traker.load_checkpoint(state, model_id=index)
-            for x, y in DataLoader(TensorDataset(*data), _BATCH):
+            for x, y in _loader(run):
                 traker.featurize(batch=(x, y), num_samples=len(x))
         traker.finalize_features(del_grads=True)
         size = _files(directory) + checkpoints * checkpoint_bytes(run)

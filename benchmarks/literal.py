@@ -23,9 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from benchmarks.faithfulness import PROBES, TRAIN, Case, Weights, cnn, images, record
+from benchmarks.brute_force import Weights
+from benchmarks.cases import PROBES, TRAIN, Case, Data, cnn, images
 from benchmarks.networks import mlp
 from benchmarks.page import command, conditions, emit, table
+from benchmarks.recorded import data_of, record
 from lightning_pathkernel.functional import kernel_machine_fidelity
 from lightning_pathkernel.path import QuadratureRule, gauss_legendre, node_schedule
 
@@ -74,28 +76,24 @@ def _change(module: nn.Module, path: Sequence[Weights], rule: QuadratureRule, x:
     return total
 
 
-def measure(
-    case: Case, seed: int, sketch_dim: int, data: tuple[Tensor, Tensor], unseen: Tensor, probes: int
-) -> Fidelities:
+def measure(case: Case, seed: int, sketch_dim: int, data: Data) -> Fidelities:
     """Train, record and compare.
 
     Args:
         case: Network and optimiser.
         seed: Of the first weights and the order of the examples.
         sketch_dim: Of the machine.
-        data: Training examples.
-        unseen: Other images: first the probes, then the queries.
-        probes: How many are probes.
+        data: Training examples, probes, and the queries on which fidelity is taken.
 
     Returns:
         The five fidelities.
     """
-    run = record(case, seed, sketch_dim, data, unseen[:probes])
-    queries, module, weights = unseen[probes:], case.network(), run.weights
+    run = record(case, seed, sketch_dim, data)
+    queries, module, weights = data.queries, case.network(), run.training.states
     with torch.no_grad():
         initial = functional_call(module, weights[0], (queries,))
         target = functional_call(module, weights[-1], (queries,))
-        nodes = [weights[step] for step in node_schedule(len(run.batches), case.nodes)]
+        nodes = [weights[step] for step in node_schedule(len(run.training.batches), case.nodes)]
         changes = [
             _change(module, weights, LEFT, queries),
             _change(module, nodes, LEFT, queries),
@@ -128,11 +126,11 @@ def main() -> None:
     train, probes = TRAIN, PROBES
     if args.quick:
         train, probes, args.seeds, args.queries = 192, 32, 1, 16
-    data = images(args.directory, "train", train)
     unseen = images(args.directory, "t10k", probes + args.queries)[0]
+    data = data_of(images(args.directory, "train", train), unseen, probes)
     rows = []
     for name in args.case or CASES:
-        found = [measure(CASES[name], s, args.sketch_dim, data, unseen, probes) for s in range(args.seeds)]
+        found = [measure(CASES[name], s, args.sketch_dim, data) for s in range(args.seeds)]
         columns = [_cell([getattr(f, column) for f in found]) for column in Fidelities.__dataclass_fields__]
         rows.append([name, *columns])
         print(" | ".join(rows[-1]), flush=True)

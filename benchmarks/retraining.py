@@ -7,12 +7,13 @@ network retrained on the subset and the sum of the subset's contributions to tha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from benchmarks.faithfulness import BATCH, EPOCHS, Case
+from benchmarks.brute_force import train
+from benchmarks.cases import Case, Data
 
 __all__ = ["bootstrap", "halves", "log_odds", "retrained", "scores"]
 
@@ -32,9 +33,7 @@ def halves(count: int, examples: int, seed: int) -> Tensor:
     return keep
 
 
-def retrained(
-    case: Case, seed: int, data: tuple[Tensor, Tensor], keep: Tensor, queries: Tensor, target: Tensor
-) -> Tensor:
+def retrained(case: Case, seed: int, data: Data, keep: Tensor, target: Tensor) -> Tensor:
     """Log-odds of the queries after training on each subset, ``[subsets, Q]``.
 
     The first weights and the order of the examples are drawn from the same seed every time, epochs and batch size are
@@ -43,28 +42,18 @@ def retrained(
     Args:
         case: Network and optimiser.
         seed: Seed of the recorded run.
-        data: All training examples.
+        data: All training examples, and the queries.
         keep: Subsets, ``[subsets, N]``.
-        queries: Inputs of the queries.
-        target: Their classes.
+        target: The queries' classes, ``[Q]``.
 
     Returns:
         The log-odds.
     """
     out = []
     for chosen in keep:
-        x, y = (part[chosen] for part in data)
-        torch.manual_seed(seed)
-        module = case.network()
-        optimizer = case.optimizer(module.parameters())
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(EPOCHS):
-            for rows in torch.randperm(len(x), generator=generator).split(BATCH):
-                optimizer.zero_grad()
-                F.cross_entropy(module(x[rows]), y[rows]).backward()
-                optimizer.step()
+        module = train(case, seed, replace(data, x=data.x[chosen], y=data.y[chosen]), keep=False).module.eval()
         with torch.no_grad():
-            out.append(log_odds(module(queries), target))
+            out.append(log_odds(module(data.queries), target))
     return torch.stack(out)
 
 

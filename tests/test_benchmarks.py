@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import attribution, growth, literal, page, peers, plots, retraining
+from benchmarks import attribution, attributors, growth, literal, page, peers, plots, retraining
+from benchmarks.cases import CASES, Data
 from benchmarks.contenders import CONTENDERS, PEERS, PLAIN, RECORDED, Settings
-from benchmarks.faithfulness import CASES
+from benchmarks.recorded import data_of, record
 
 torch_only = {"vmap(grad)", PLAIN, RECORDED}
 
@@ -24,6 +26,10 @@ def pictures(count: int, seed: int) -> tuple[Tensor, Tensor]:
     labels = torch.arange(count) % 10
     templates = torch.rand(10, 1, 28, 28, generator=torch.Generator().manual_seed(99))
     return (templates[labels] + 0.3 * torch.rand(count, 1, 28, 28, generator=generator)) / 1.3, labels
+
+
+def data(train: int, probes: int, queries: int) -> Data:
+    return data_of(pictures(train, 0), pictures(probes + queries, 1)[0], probes)
 
 
 # steps
@@ -114,18 +120,30 @@ def test_log_odds() -> None:
 
 
 def test_retraining_on_all_examples_is_the_recorded_run() -> None:
-    data, unseen = pictures(128, 0), pictures(24, 1)
-    run = literal.record(CASES["MLP, SGD"], 0, 32, data, unseen[0][:16])
-    target = unseen[1][16:]
-    again = retraining.retrained(
-        CASES["MLP, SGD"], 0, data, torch.ones(1, 128, dtype=torch.bool), unseen[0][16:], target
+    few = data(128, 16, 8)
+    run = record(CASES["MLP, SGD"], 0, 32, few)
+    outputs = run.machine.network_outputs(few.queries)
+    target = outputs.argmax(1)
+    again = retraining.retrained(CASES["MLP, SGD"], 0, few, torch.ones(1, 128, dtype=torch.bool), target)
+    assert torch.allclose(again[0], retraining.log_odds(outputs, target), atol=1e-4)
+
+
+def test_exact_contributions_to_log_odds_add_up_to_their_change() -> None:
+    few = data(128, 16, 8)
+    run = record(replace(CASES["MLP, SGD"], points=24), 0, 32, few)
+    exact, target = attributors.exact_log_odds(run)
+    module, states = run.training.case.network(), run.training.states
+    first, last = (
+        retraining.log_odds(torch.func.functional_call(module, state, (few.queries,)), target)
+        for state in (states[0], states[-1])
     )
-    assert torch.allclose(again[0], retraining.log_odds(run.machine.network_outputs(unseen[0][16:]), target), atol=1e-4)
+    gap = float((exact.sum(1) - (last - first)).norm() / (last - first).norm())
+    assert gap < 0.01, gap
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_methods_are_compared() -> None:
-    verdicts, notes = attribution.compare("MLP, SGD", 0, [32], pictures(192, 0), pictures(40, 1), 32, 4)
+    verdicts, notes = attribution.compare("MLP, SGD", 0, [32], data(192, 32, 8), 4)
     exact, ours, *others = verdicts
     assert exact.pearson == pytest.approx(1)
     assert ours.pearson > 0.98
@@ -144,7 +162,7 @@ def test_methods_are_compared() -> None:
 
 
 def test_the_literal_sum_is_measured() -> None:
-    found = literal.measure(literal.CASES["MLP, SGD 0.1"], 0, 32, pictures(128, 0), pictures(24, 1)[0], 16)
+    found = literal.measure(literal.CASES["MLP, SGD 0.1"], 0, 32, data(128, 16, 8))
     assert found.exact > 0.99, found
     assert found.exact > found.literal, found
     assert found.exact > found.linearized, found

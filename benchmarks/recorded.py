@@ -1,0 +1,59 @@
+"""A training run of `benchmarks.brute_force` together with the machine that was recorded of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.brute_force import Training, train
+from benchmarks.cases import Case, Data
+from benchmarks.faithfulness import Recording
+from lightning_pathkernel.capture import plan_capture
+from lightning_pathkernel.chord import Chord
+from lightning_pathkernel.machine import KernelMachine
+from lightning_pathkernel.network import Network
+from lightning_pathkernel.path import node_schedule
+from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
+
+__all__ = ["Run", "data_of", "record"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run with every step's weights, and its kernel machine."""
+
+    training: Training
+    machine: KernelMachine
+
+
+def data_of(train_images: tuple[Tensor, Tensor], unseen: Tensor, probes: int) -> Data:
+    """Data of which the other images are first the probes, then the queries."""
+    return Data(*train_images, unseen[:probes], unseen[probes:], unseen[probes:])
+
+
+def record(case: Case, seed: int, sketch_dim: int, data: Data) -> Run:
+    """Train and record.
+
+    Args:
+        case: Network and optimiser.
+        seed: Of the first weights and the order of the examples.
+        sketch_dim: Of the machine.
+        data: Its data.
+
+    Returns:
+        The run.
+    """
+    chords: list[Chord] = []
+    told: list[Recording] = []
+
+    def listeners(module: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[Recording]:
+        settings = RecorderSettings(node_schedule(steps, case.nodes), sketch_dim, seed=seed)
+        network = Network(module, plan_capture(module))
+        told.append(Recording(PathRecorder(network, optimizer, settings, data.probes, chords.append)))
+        return told
+
+    training = train(case, seed, data, listeners)
+    told[0].recorder.capture.detach()
+    return Run(training, KernelMachine(training.module, chords))
