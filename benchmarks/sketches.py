@@ -74,7 +74,7 @@ CANDIDATES = {
 DIMS = (256, 64)
 
 
-class _Fitter(SketchFitter):
+class Fitter(SketchFitter):
     """Keeps every chord as its first stage leaves it, with the probes' features, for any number of second stages."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -83,6 +83,7 @@ class _Fitter(SketchFitter):
         self.chords = 0
 
     def second_stage(self, chord: Chord, rows: Tensor, total: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The fewest numbers that are asked for, after the chord was kept as it is."""
         probes = query_features(self._network, self._probes, chord, self._settings.rule, self._generator)
         self.kept.append((chord, probes))
         return fit_second_stage(rows, probes, total, min(DIMS), self._settings.sketch, self._generator)
@@ -94,7 +95,7 @@ class _Fitter(SketchFitter):
             self.kept.append((chord, chord.rows))
 
 
-class _Heard(Recording):
+class Heard(Recording):
     """A candidate's recorder, told of a training run; its fits are timed by the processor's time."""
 
     def __init__(
@@ -102,10 +103,10 @@ class _Heard(Recording):
         probes: Tensor, seed: int,
     ) -> None:  # fmt: skip
         self.spent = 0.0
-        self.others: Sequence[_Heard] = ()
+        self.others: Sequence[Heard] = ()
         network = Network(module, plan_capture(module))
         settings = RecorderSettings(nodes, min(DIMS), candidate.sketch, seed)
-        self.fitter = _Fitter(network, probes, settings, Ranks())
+        self.fitter = Fitter(network, probes, settings, Ranks())
         super().__init__(PathRecorder(network, optimizer, settings, probes, self.fitter.close))
         self.recorder._fitter = self.fitter
 
@@ -259,11 +260,11 @@ def measure(name: str, seed: int, wanted: Sequence[str], images: Path, cache: Pa
     case = CASES[name]
     data = case.data(images)
     known, final = exact(name, seed, data, cache)
-    heard: list[_Heard] = []
+    heard: list[Heard] = []
 
-    def listeners(module: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[_Heard]:
+    def listeners(module: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[Heard]:
         nodes = node_schedule(steps, case.nodes)
-        heard.extend(_Heard(module, optimizer, nodes, CANDIDATES[each], data.probes, seed) for each in wanted)
+        heard.extend(Heard(module, optimizer, nodes, CANDIDATES[each], data.probes, seed) for each in wanted)
         for each in heard:
             each.others = [other for other in heard if other is not each]
         return heard
