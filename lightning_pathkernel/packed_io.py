@@ -5,7 +5,8 @@ A recording holds every number as it was; an artifact holds what questions to a 
 - nodes: the first one as it is, then each chord's displacement in eight bits, taken from the node that the rounded
   displacements before it lead to, so that rounding never adds up; the last node as it is, so that the network that the
   machine stands for is the one that was trained, to the last bit;
-- rows in float16 (or in eight bits), their sum kept, the preconditioner in sixteen bits of its logarithm, decay and residual in eight bits;
+- rows in float16 (or in eight bits), their sum kept, the preconditioner in sixteen bits of its logarithm, decay and
+  residual in eight bits, but a residual that is the whole displacement by its name alone;
 - the query side of both stages of the sketch, which the recorder has rounded to eight bits already (`sketch.rounding`).
 
 The machine's ledger is taken along the path as stored, with the numbers as stored: what rounding costs is in its
@@ -74,8 +75,9 @@ def write_packed(directory: Path, chord: Chord, before: Node | None, last: bool,
         groups["start_buffers"] = dict(chord.start_buffers)
     groups["end_buffers"] = dict(chord.end_buffers)
     pack_logarithms("preconditioner", chord.preconditioner, groups)
-    for kind in ("decay", "residual"):
-        pack_blocks(kind, {n: v for n, v in getattr(chord, kind).items() if bool(v.any())}, groups)
+    whole = [name for name, value in chord.residual.items() if torch.equal(value, chord.delta[name])]
+    pack_blocks("decay", {n: v for n, v in chord.decay.items() if bool(v.any())}, groups)
+    pack_blocks("residual", {n: v for n, v in chord.residual.items() if n not in whole and bool(v.any())}, groups)
     _pack_sketches(chord, groups)
     groups["rows"] = {
         "example_ids": pack_integers(chord.example_ids), "self_inner": chord.self_inner,
@@ -83,7 +85,7 @@ def write_packed(directory: Path, chord: Chord, before: Node | None, last: bool,
     }  # fmt: skip
     if chord.names:
         groups["names"] = {"utf8": encode_names(chord.names)}
-    write_group(directory / chord_name(chord.index), groups, chord_facts(chord))
+    write_group(directory / chord_name(chord.index), groups, {**chord_facts(chord), "unattributed": whole})
     return Node(end, dict(chord.end_buffers))
 
 
@@ -155,13 +157,14 @@ def _assembled(groups: Groups, facts: dict[str, Any], known: Node) -> tuple[Chor
         raise ValueError("the weights at the end are not those of the start, or beside a displacement")
     _check_like("end", end, start)
     delta = {name: end[name] - weight for name, weight in start.items()} if end else unpack("delta", groups)
+    residual = {**unpack("residual", groups), **{name: delta[name] for name in facts["unattributed"]}}
     integers = stored["example_ids"]
     ids = integers.long() if integers.dtype is torch.int32 else integers
     chord = Chord(
         int(facts["index"]), int(facts["first_step"]), int(facts["last_step"]), float(facts["learning_time"]),
         ids, unpack_rows(stored), stored["self_inner"], _unpacked_sketches(groups, facts), None, start, delta,
         groups.get("start_buffers", known.buffers), groups.get("end_buffers", {}),
-        unpack("preconditioner", groups), unpack("decay", groups), unpack("residual", groups),
+        unpack("preconditioner", groups), unpack("decay", groups), residual,
         names=decode_names(groups["names"]["utf8"]) if "names" in groups else {}, end=end,
     )  # fmt: skip
     features = sum(sketch.features for sketch in chord.sketches.values())

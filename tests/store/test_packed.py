@@ -217,6 +217,14 @@ def test_parts_of_a_packed_chord_that_do_not_fit_are_refused(name: str, run: Pat
         read_packed(path, node)
 
 
+@pytest.mark.parametrize("value", [None, 3, [3], ["nope"], "net"])
+def test_unattributed_parameters_that_are_none_are_refused(value: object, run: Path, tmp_path: Path) -> None:
+    groups, facts = read_group(run / "machine" / chord_name(0))
+    path = write_group(tmp_path / "x.safetensors", groups, {**facts, "unattributed": value})
+    with refused(r"^x\.safetensors: not a chord: "):
+        read_packed(path, None)
+
+
 def test_the_chord_that_they_are_made_of_is_read(run: Path) -> None:
     _, node = read_packed(run / "machine" / chord_name(0), None)
     chord, _ = read_packed(run / "machine" / MIDDLE, node)
