@@ -50,7 +50,7 @@ class SketchSettings:
     width: int = 16
     features: int | None = 256
     most: int = 128
-    tolerance: float = 0.05
+    tolerance: float = 0.03
     ridge: float = 0.03
     second_ridge: float = 0.1
     direction: float = 5.0
@@ -176,8 +176,12 @@ def fit_sketches(
     }
 
 
+_POWER = 0.5
+"""Features are shared out by the roots of energies: a few layers have nearly all energy, but not all of the ranking."""
+
+
 class _Spectrum(NamedTuple):
-    """Factors of one side, leading directions first, and the energy of each; no factors for a side of one dimension."""
+    """Factors of one side, leading directions first, and what each counts; no factors for a side of one dimension."""
 
     train: Tensor | None
     query: Tensor | None
@@ -188,11 +192,11 @@ def _spectrum(side: SideMoments, widest: int, settings: SketchSettings, generato
     train, query = side.train, cast(Tensor, side.query)
     scale = float(train.norm() * query.norm()) + 1e-30
     if train.shape[1] == 1:
-        return _Spectrum(None, None, [scale])
+        return _Spectrum(None, None, [scale**_POWER])
     p, q = balanced_factors(train, query, min(widest, train.shape[1]), settings.ridge, generator)
     # the product of two sides' energies has the scale of the inner products' mean square once more than it should
     energies = (train @ p.T).square().sum(0) * (query @ q.T).square().sum(0) / scale
-    return _Spectrum(p, q, energies.double().cummin(0).values.tolist())
+    return _Spectrum(p, q, (energies.double().cummin(0).values ** _POWER).tolist())
 
 
 def _cut(fits: Sequence[_Spectrum], widths: tuple[int, int], shape: tuple[int, ...]) -> KroneckerSketch:
