@@ -176,8 +176,8 @@ def fit_sketches(
     }
 
 
-_POWER = 0.5
-"""Features are shared out by the roots of energies: a few layers have nearly all energy, but not all of the ranking."""
+_POWER = 0.25
+"""Features are shared out by fourth roots of energies: a few layers have nearly all energy, but not all of the ranking."""
 
 
 class _Spectrum(NamedTuple):
