@@ -177,7 +177,7 @@ def fit_sketches(
 
 
 _POWER = 0.25
-"""Features are shared out by fourth roots of energies: a few layers have nearly all energy, but not all of the ranking."""
+"""Features are shared out by fourth roots of energies: a few layers have nearly all, but do not rank examples alone."""
 
 
 class _Spectrum(NamedTuple):
