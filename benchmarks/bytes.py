@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.faithfulness import cnn, images
+from benchmarks.cases import cnn, images
 from benchmarks.networks import NETWORKS
 from lightning_pathkernel.capture import plan_capture
 from lightning_pathkernel.chord import Chord

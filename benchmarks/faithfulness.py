@@ -10,66 +10,18 @@ import argparse
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-from benchmarks.brute_force import Listener, exact_contributions, train
+from benchmarks.brute_force import exact_contributions
 from benchmarks.cases import CASES
-from lightning_pathkernel.capture import plan_capture
-from lightning_pathkernel.chord import Chord
-from lightning_pathkernel.machine import KernelMachine
-from lightning_pathkernel.network import Network
-from lightning_pathkernel.path import node_schedule
-from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
-
-
-class Recording(Listener):
-    """A recorder that is told of a training run."""
-
-    def __init__(self, recorder: PathRecorder) -> None:
-        self.recorder = recorder
-        recorder.capture.attach()
-
-    def begin_batch(self, rows: Tensor) -> None:
-        """A batch of these examples comes."""
-        self.recorder.begin_batch(rows)
-
-    def before_backward(self) -> None:
-        """Its gradients come."""
-        self.recorder.before_backward()
-
-    def after_backward(self) -> None:
-        """They are all in."""
-        self.recorder.after_backward()
-
-    def before_step(self) -> None:
-        """The optimiser's gradients are complete."""
-        self.recorder.before_step()
-
-    def after_step(self) -> None:
-        """It has moved the weights."""
-        self.recorder.after_step()
-
-    def end_batch(self) -> None:
-        """The batch is over."""
-        self.recorder.end_batch()
+from benchmarks.recorded import record
 
 
 def measure(name: str, seed: int, sketch_dim: int, directory: Path) -> str:
     """One row of the table."""
     case = CASES[name]
     data = case.data(directory)
-    chords: list[Chord] = []
-    told: list[Recording] = []
-
-    def listeners(module: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[Recording]:
-        settings = RecorderSettings(node_schedule(steps, case.nodes), sketch_dim, seed=seed)
-        network = Network(module, plan_capture(module))
-        told.append(Recording(PathRecorder(network, optimizer, settings, data.probes, chords.append)))
-        return told
-
-    run = train(case, seed, data, listeners)
-    told[0].recorder.capture.detach()
-    machine, exact = KernelMachine(run.module, chords), exact_contributions(run)
+    run = record(case, seed, sketch_dim, data)
+    machine, exact = run.machine, exact_contributions(run.training)
     found, influence = machine.contributions(data.queries, exact.target), machine.self_influence()
     pairs = [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(found, exact.contributions, strict=True)]
     alike = float(torch.corrcoef(torch.stack([influence, exact.own]))[0, 1])

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.brute_force import Training, train
+from benchmarks.brute_force import Listener, Training, train
 from benchmarks.cases import Case, Data
-from benchmarks.faithfulness import Recording
 from lightning_pathkernel.capture import plan_capture
 from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.machine import KernelMachine
@@ -17,7 +16,39 @@ from lightning_pathkernel.network import Network
 from lightning_pathkernel.path import node_schedule
 from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
 
-__all__ = ["Run", "data_of", "record"]
+__all__ = ["Recording", "Run", "data_of", "record"]
+
+
+class Recording(Listener):
+    """A recorder that is told of a training run."""
+
+    def __init__(self, recorder: PathRecorder) -> None:
+        self.recorder = recorder
+        recorder.capture.attach()
+
+    def begin_batch(self, rows: Tensor) -> None:
+        """A batch of these examples comes."""
+        self.recorder.begin_batch(rows)
+
+    def before_backward(self) -> None:
+        """Its gradients come."""
+        self.recorder.before_backward()
+
+    def after_backward(self) -> None:
+        """They are all in."""
+        self.recorder.after_backward()
+
+    def before_step(self) -> None:
+        """The optimiser's gradients are complete."""
+        self.recorder.before_step()
+
+    def after_step(self) -> None:
+        """It has moved the weights."""
+        self.recorder.after_step()
+
+    def end_batch(self) -> None:
+        """The batch is over."""
+        self.recorder.end_batch()
 
 
 @dataclass(frozen=True)
@@ -55,5 +86,6 @@ def record(case: Case, seed: int, sketch_dim: int, data: Data) -> Run:
         return told
 
     training = train(case, seed, data, listeners)
+    told[0].recorder.finish()
     told[0].recorder.capture.detach()
     return Run(training, KernelMachine(training.module, chords))

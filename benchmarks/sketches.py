@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks.brute_force import Exact, Training, exact_contributions, train
 from benchmarks.cases import CASES, Data
-from benchmarks.faithfulness import Recording
+from benchmarks.recorded import Recording
 from lightning_pathkernel import query
 from lightning_pathkernel.capture import plan_capture
 from lightning_pathkernel.chord import Chord
