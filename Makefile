@@ -51,6 +51,10 @@ bench: $(BENCH_INSTALLED)
 	$(PY) -m benchmarks.plots growth build/growth.jsonl docs/plots
 	if test -d "$(FASHION_MNIST)"; then \
 	  $(PY) -m benchmarks.faithfulness "$(FASHION_MNIST)"; \
+	  $(PY) -m benchmarks.sketches "$(FASHION_MNIST)" build/sketches; \
+	  $(PY) -m benchmarks.grid "$(FASHION_MNIST)" build/sketches; \
+	  $(PY) -m benchmarks.plots grid build/sketches/grid.jsonl docs/plots; \
+	  for m in "cnn 16-32" "cnn 8-16"; do $(PY) -m benchmarks.bytes "$(FASHION_MNIST)" --model "$$m"; done; \
 	  $(PY) -m benchmarks.attribution "$(FASHION_MNIST)" --docs docs/peers.md; \
 	  $(PY) -m benchmarks.literal "$(FASHION_MNIST)" --docs docs/peers.md; \
 	else echo "contributions not measured: make bench FASHION_MNIST=DIRECTORY of the *-ubyte.gz files"; fi
