@@ -90,7 +90,7 @@ def test_queries_unlike_the_probes_have_a_larger_sketch_term(accounts: dict[str,
     like, unlike = (
         float(accounts[each]["sketch"].abs().mean() / accounts[each]["change"].abs().mean()) for each in (LIKE, kind)
     )
-    assert unlike > 1.8 * like, f"sketch term {unlike:.3f} of the change, {like:.3f} for queries like the probes"
+    assert unlike > 1.5 * like, f"sketch term {unlike:.3f} of the change, {like:.3f} for queries like the probes"
 
 
 def test_the_sketch_term_ranks_queries_by_the_machines_error(accounts: dict[str, dict[str, Tensor]]) -> None:
