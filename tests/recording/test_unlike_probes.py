@@ -53,7 +53,7 @@ def recorded(optimizer: str, probes: Tensor) -> KernelMachine:
     optim = OPTIMIZERS[optimizer](model.parameters())
     x, y = digits()[0].tensors
     chords: list[Chord] = []
-    settings = RecorderSettings(node_schedule(40, 8), 32, SketchSettings(features=160, most=160))
+    settings = RecorderSettings(node_schedule(40, 8), 32, SketchSettings(features=120, most=0))
     recorder = PathRecorder(Network(model, plan_capture(model)), optim, settings, probes, chords.append)
     recorder.capture.attach()
     for ids in torch.arange(320).repeat(4).split(32):
@@ -90,7 +90,7 @@ def test_queries_unlike_the_probes_have_a_larger_sketch_term(accounts: dict[str,
     like, unlike = (
         float(accounts[each]["sketch"].abs().mean() / accounts[each]["change"].abs().mean()) for each in (LIKE, kind)
     )
-    assert unlike > 1.5 * like, f"sketch term {unlike:.3f} of the change, {like:.3f} for queries like the probes"
+    assert unlike > 1.8 * like, f"sketch term {unlike:.3f} of the change, {like:.3f} for queries like the probes"
 
 
 def test_the_sketch_term_ranks_queries_by_the_machines_error(accounts: dict[str, dict[str, Tensor]]) -> None:
