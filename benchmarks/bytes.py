@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from benchmarks.cases import cnn, images
 from benchmarks.networks import NETWORKS
+from benchmarks.recorded import recorded_step
 from lightning_pathkernel.capture import plan_capture
 from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.chord_io import write_chord
@@ -65,16 +66,7 @@ def train(name: str, seed: int, nodes: int, sketch_dim: int, epochs: int, data: 
     recorder = PathRecorder(Network(module, plan_capture(module)), optimizer, settings, probes, keep)
     recorder.capture.attach()
     for rows in batches:
-        optimizer.zero_grad()
-        recorder.begin_batch(rows)
-        loss = F.cross_entropy(module(x[rows]), y[rows])
-        recorder.before_backward()
-        loss.backward()
-        recorder.after_backward()
-        recorder.before_step()
-        optimizer.step()
-        recorder.after_step()
-        recorder.end_batch()
+        recorded_step(recorder, optimizer, rows, lambda rows=rows: F.cross_entropy(module(x[rows]), y[rows]))
     recorder.finish()
     recorder.capture.detach()
     return Run(module, chords, len(batches), sum(map(len, batches)))

@@ -17,6 +17,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from benchmarks.networks import NETWORKS
+from benchmarks.recorded import recorded_step
 from lightning_pathkernel.capture import plan_capture
 from lightning_pathkernel.network import Network
 from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
@@ -90,16 +91,7 @@ def _recorded(settings: Settings) -> Step:
     recorder.capture.attach()
 
     def step() -> None:
-        recorder.begin_batch(ids)
-        optimizer.zero_grad()
-        loss = _loss(model(x), y)
-        recorder.before_backward()
-        loss.backward()
-        recorder.after_backward()
-        recorder.before_step()
-        optimizer.step()
-        recorder.after_step()
-        recorder.end_batch()
+        recorded_step(recorder, optimizer, ids, lambda: _loss(model(x), y))
 
     return step
 

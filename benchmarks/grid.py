@@ -20,6 +20,7 @@ from torch import nn
 
 from benchmarks.brute_force import train
 from benchmarks.cases import CASES
+from benchmarks.page import read_lines
 from benchmarks.sketches import Candidate, Heard, Judge, exact
 from lightning_pathkernel.path import node_schedule
 from lightning_pathkernel.sketch import SketchSettings
@@ -93,7 +94,7 @@ def main() -> None:
     torch.set_num_threads(1)
     options.cache.mkdir(exist_ok=True)
     file = options.cache / "grid.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = read_lines(file) if file.exists() else []
     known = {(f"{line['case']}, {line['optimizer']}", line["seed"], line["nodes"]) for line in lines}
     for seed in options.seed or (0, 1, 2):
         for name in options.case or [f"{network}, {optimizer}" for network in NETWORKS for optimizer in OPTIMIZERS]:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
-__all__ = ["command", "conditions", "emit", "table"]
+__all__ = ["command", "conditions", "emit", "read_lines", "table"]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file, one per line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def conditions(*packages: str) -> str:

@@ -11,7 +11,6 @@ and, shaded, their range. ``growth``: the points of `benchmarks.growth`. One fil
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -22,19 +21,15 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from benchmarks.growth import COLUMNS, SWEEPS
+from benchmarks.page import read_lines
 
-__all__ = ["draw_grid", "draw_growth", "read_lines"]
+__all__ = ["draw_grid", "draw_growth"]
 
 Row = Mapping[str, Any]
 FIELDS = {"case", "optimizer", "nodes", "sketch_dim", "seed", "fidelity", "pearson"}
 LEAST = 1e-6
 """What is missing to 1 is drawn no smaller than this."""
 DRAWN = ("plain_ms", "recorded_ms", "node_ms", "plain_mb", "recorded_mb", "artifact_mb", "rows_mb", "query_ms")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file, one per line."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _check(rows: Sequence[Row]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,30 @@ from lightning_pathkernel.network import Network
 from lightning_pathkernel.path import node_schedule
 from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
 
-__all__ = ["Recording", "Run", "data_of", "record"]
+__all__ = ["Recording", "Run", "data_of", "record", "recorded_step"]
+
+
+def recorded_step(
+    recorder: PathRecorder, optimizer: torch.optim.Optimizer, ids: Tensor, loss: Callable[[], Tensor]
+) -> None:
+    """One training step of a loop by hand, recorded.
+
+    Args:
+        recorder: Attached.
+        optimizer: The raw optimiser.
+        ids: Examples of the batch, ``[n]``.
+        loss: The batch's loss; called once.
+    """
+    recorder.begin_batch(ids)
+    optimizer.zero_grad()
+    value = loss()
+    recorder.before_backward()
+    value.backward()
+    recorder.after_backward()
+    recorder.before_step()
+    optimizer.step()
+    recorder.after_step()
+    recorder.end_batch()
 
 
 class Recording(Listener):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks.brute_force import Exact, Training, exact_contributions, train
 from benchmarks.cases import CASES, Data
+from benchmarks.page import read_lines
 from benchmarks.recorded import Recording
 from lightning_pathkernel import query
 from lightning_pathkernel.capture import plan_capture
@@ -318,7 +319,7 @@ def main() -> None:
     torch.set_num_threads(1)
     options.cache.mkdir(exist_ok=True)
     file = options.cache / "results.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = read_lines(file) if file.exists() else []
     known = {(line["case"], line["candidate"], line["seed"]) for line in lines}
     for seed in options.seed or (0, 1, 2):
         for name in options.case or CASES:

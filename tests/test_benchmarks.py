@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks import attribution, attributors, growth, literal, page, peers, plots, retraining
 from benchmarks.cases import CASES, Data
 from benchmarks.contenders import CONTENDERS, PEERS, PLAIN, RECORDED, Settings
+from benchmarks.page import read_lines
 from benchmarks.recorded import data_of, record
 
 torch_only = {"vmap(grad)", PLAIN, RECORDED}
@@ -215,7 +216,7 @@ def test_the_grid_is_drawn(tmp_path: Path) -> None:
     ]  # fmt: skip
     lines = tmp_path / "grid.jsonl"
     lines.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    paths = plots.draw_grid(plots.read_lines(lines), tmp_path / "plots")
+    paths = plots.draw_grid(read_lines(lines), tmp_path / "plots")
     assert [path.name for path in paths] == ["batch-norm-resnet-sketch-dim.svg", "batch-norm-resnet-nodes.svg"]
     text = paths[0].read_text()
     assert "nodes = 64" in text
