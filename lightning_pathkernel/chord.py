@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_pathkernel.capture import PerExampleGradient, matrix_shape
-from lightning_pathkernel.ledger import ChordSpan
+from lightning_pathkernel.ledger import ChordSpan, weights_along
 from lightning_pathkernel.network import Tensors
 from lightning_pathkernel.sketch import KroneckerSketch
 
@@ -66,9 +66,7 @@ class Chord:
 
     def weights(self, t: float) -> dict[str, Tensor]:
         """Weights at ``t`` in [0, 1] along the chord."""
-        if t == 1.0 and self.end:
-            return {**self.start, **self.end}
-        return {name: w + t * self.delta[name] if name in self.delta else w for name, w in self.start.items()}
+        return weights_along(self.start, self.delta, self.end, t)
 
     def examples_direction(self) -> dict[str, Tensor]:
         """What the stored rows add up to, back in weight space: ``D . S_query^T (sum_i row_i)``.

@@ -22,6 +22,7 @@ __all__ = [
     "chord_terms",
     "error_budget",
     "fidelity_metrics",
+    "weights_along",
 ]
 
 ERROR_TERMS = ("quadrature", "sketch", "unattributed")
@@ -67,6 +68,23 @@ def fidelity_metrics(terms: Mapping[str, Tensor], outputs: Tensor) -> dict[str, 
     }
 
 
+def weights_along(start: Tensors, delta: Tensors, end: Tensors, t: float) -> dict[str, Tensor]:
+    """Weights on the way from one node to the next.
+
+    Args:
+        start: At the first node.
+        delta: Displacement of those that move.
+        end: At the last node, where ``start + delta`` does not give them to the last bit.
+        t: Where, in [0, 1].
+
+    Returns:
+        All weights.
+    """
+    if t == 1.0 and end:
+        return {**start, **end}
+    return {name: w + t * delta[name] if name in delta else w for name, w in start.items()}
+
+
 @dataclass(frozen=True)
 class ChordSpan:
     """One chord of the path, and the parts its displacement is made of.
@@ -93,9 +111,7 @@ class ChordSpan:
 
     def weights(self, t: float) -> dict[str, Tensor]:
         """Weights at ``t`` in [0, 1] along the chord."""
-        if t == 1.0 and self.end:
-            return {**self.start, **self.end}
-        return {name: w + t * self.delta[name] if name in self.delta else w for name, w in self.start.items()}
+        return weights_along(self.start, self.delta, self.end, t)
 
 
 def chord_terms(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_pathkernel.capture.gradients import VectorGradient, dense_moments
+from lightning_pathkernel.capture.gradients import VectorGradient
 from lightning_pathkernel.capture.windows import ConvGeometry, WindowScratch
 
 __all__ = ["ConvBiasGradient", "ConvGradient", "grouped_conv_gradient"]
@@ -64,10 +64,6 @@ class ConvGradient:
     def total(self) -> Tensor:
         """``[r, c]``."""
         return self.dense().sum(0)
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Samples of the formed gradients: a convolution has few weights."""
-        return dense_moments(self.dense())
 
     def take(self, which: slice) -> ConvGradient:
         """Some of the examples."""

@@ -22,7 +22,6 @@ __all__ = [
     "OuterGradient",
     "PerExampleGradient",
     "VectorGradient",
-    "dense_moments",
     "matrix_shape",
 ]
 
@@ -57,10 +56,6 @@ class PerExampleGradient(Protocol):
         """Their sum over the examples, ``[r, c]``."""
         ...
 
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Samples ``X`` with ``X.T @ X = sum_n G G.T`` (``[*, r]``) and ``sum_n G.T G`` (``[*, c]``)."""
-        ...
-
     def take(self, which: slice) -> PerExampleGradient:
         """Some of the examples."""
         ...
@@ -71,12 +66,6 @@ def _thin(x: Tensor, factor: Tensor | None) -> Tensor:
     if factor is None:
         return x
     return (factor @ x.flatten(0, -2).T).T.view(*x.shape[:-1], factor.shape[0])
-
-
-def dense_moments(gradients: Tensor) -> tuple[Tensor, Tensor]:
-    """The samples of `PerExampleGradient.moments`, of gradients formed whole, ``[n, r, c]``."""
-    rows = gradients.transpose(1, 2).reshape(-1, gradients.shape[1])
-    return rows, gradients.reshape(-1, gradients.shape[2])
 
 
 @dataclass(frozen=True)
@@ -108,7 +97,8 @@ class DenseGradient:
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Row samples ``[n * c, r]`` and column samples ``[n * r, c]``."""
-        return dense_moments(self.gradients)
+        rows = self.gradients.transpose(1, 2).reshape(-1, self.gradients.shape[1])
+        return rows, self.gradients.reshape(-1, self.gradients.shape[2])
 
     def take(self, which: slice) -> DenseGradient:
         """Some of the examples."""
@@ -143,10 +133,6 @@ class VectorGradient:
         """``[r, 1]``."""
         return self.values.sum(0).unsqueeze(1)
 
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """One sample per example, and one per number."""
-        return self.values, self.values.reshape(-1, 1)
-
     def take(self, which: slice) -> VectorGradient:
         """Some of the examples."""
         return VectorGradient(self.values[which])
@@ -180,11 +166,6 @@ class OuterGradient:
         """``[r, c]``, without forming the gradients."""
         return self.left.T @ self.right
 
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """One sample per example."""
-        left, right = self.left, self.right
-        return left * right.norm(dim=1, keepdim=True), right * left.norm(dim=1, keepdim=True)
-
     def take(self, which: slice) -> OuterGradient:
         """Some of the examples."""
         return OuterGradient(self.left[which], self.right[which])
@@ -216,10 +197,6 @@ class FactoredGradient:
     def total(self) -> Tensor:
         """``[r, c]``, without forming the gradients."""
         return self.left.flatten(0, 1).T @ self.right.flatten(0, 1)
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Samples of the formed gradients."""
-        return dense_moments(self.dense())
 
     def take(self, which: slice) -> FactoredGradient:
         """Some of the examples."""
@@ -258,10 +235,6 @@ class IndexedGradient:
         """``[r, c]``."""
         out = self.right.new_zeros(self.rows, self.right.shape[2])
         return out.index_add_(0, self.indices.flatten(), self.right.flatten(0, 1))
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """Samples of the formed gradients."""
-        return dense_moments(self.dense())
 
     def take(self, which: slice) -> IndexedGradient:
         """Some of the examples."""

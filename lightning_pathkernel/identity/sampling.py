@@ -136,7 +136,7 @@ def _indices(batch: Any) -> Tensor | IdentityError:
     if found.ndim != 1 or found.dtype.kind not in "iu" or (found < 0).any():
         drawn = str(batch)[:60]
         return IdentityError(f"{UNKNOWN}: the sampler drew {drawn}, no list of integers from 0 on. {REMEDY}")
-    return torch.from_numpy(found.astype(np.int64, copy=False))
+    return torch.from_numpy(found.astype(np.int64))
 
 
 def refusal(loader: object) -> str | None:

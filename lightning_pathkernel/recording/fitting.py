@@ -65,7 +65,7 @@ class SketchFitter:
             probes = probe_gradients(self._network, self._probes, random_cotangent(self._generator))
         shapes = {name: p.shape for name, p in parameters.items()}
         settings = self._settings.sketch
-        if settings.features is not None:
+        if settings.shared_features is not None:
             settings = replace(settings, features=self._budget.features)
         return rounded_sketches(
             fit_basis(train, probes, preconditioner, direction, shapes, settings, self._generator, self._ranks)
@@ -80,7 +80,7 @@ class SketchFitter:
         Returns:
             The chord.
         """
-        if self._probes is not None and self._settings.sketch.features is not None and chord.sketches:
+        if self._probes is not None and self._settings.sketch.shared_features is not None and chord.sketches:
             error = torch.tensor([sketch_error(self._network, self._probes, chord)])
             self._budget.learn(float(self._ranks.total(error)) / self._ranks.world)  # the same on all processes
         return compressed(chord, self._ranks, partial(self.second_stage, chord), self._settings.sketch_dim)

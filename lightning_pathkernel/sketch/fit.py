@@ -55,6 +55,11 @@ class SketchSettings:
     second_ridge: float = 0.1
     direction: float = 5.0
 
+    @property
+    def shared_features(self) -> int | None:
+        """Features that are shared out over parameters, where queries are known; None for fixed widths."""
+        return self.features if self.kind == "balanced" else None
+
 
 @dataclass(frozen=True)
 class SideMoments:
@@ -159,7 +164,7 @@ def fit_sketches(
         Parameter -> sketch.
     """
     known = all(side.query is not None for both in sides.values() for side in both)
-    if settings.kind != "balanced" or settings.features is None or not known:
+    if settings.shared_features is None or not known:
         return {name: fit_sketch(left, right, settings, generator) for name, (left, right) in sides.items()}
     widest = 2 * settings.width
     fits = {
@@ -169,7 +174,7 @@ def fit_sketches(
     energies = [
         SideEnergies(left.energies, right.energies, riders.get(name, 0)) for name, (left, right) in fits.items()
     ]
-    shares = share_out(energies, settings.features)
+    shares = share_out(energies, settings.shared_features)
     return {
         name: _cut(fits[name], widths, tuple(side.train.shape[1] for side in sides[name]))
         for name, widths in zip(sides, shares, strict=True)
