@@ -1,4 +1,4 @@
-"""A hook of mkdocs: the gallery's pictures are those that the examples drew, and a page without its picture is an error."""
+"""A hook of mkdocs: the gallery's pictures are those that the examples drew; a page without its own is an error."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     python examples/cli.py fit --config examples/cli.yaml
 
-Scikit-learn's breast cancer set, 569 tumours, 30 measurements. Nothing here imports lightning_pathkernel: the callback is named
-in `cli.yaml` alone, and `pathkernel export` or `KernelMachine.load` read what it wrote to `examples/out/cli`.
+Scikit-learn's breast cancer set, 569 tumours, 30 measurements. Nothing here imports lightning_pathkernel: the callback
+is named in `cli.yaml` alone, and `pathkernel export` or `KernelMachine.load` read what it wrote to `examples/out/cli`.
 """
 
 from __future__ import annotations

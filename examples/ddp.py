@@ -1,7 +1,7 @@
 """Two processes: each records the rows of its own examples, and the machine has those of both.
 
-Scikit-learn's digits on two CPU processes with `strategy="ddp"`. What is exported is compared with what the network says. It
-writes to `examples/out/ddp`.
+Scikit-learn's digits on two CPU processes with `strategy="ddp"`. What is exported is compared with what the network
+says. It writes to `examples/out/ddp`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Clothes: which training images made a small CNN call a shirt a shirt.
 
-Fashion-MNIST as Debian's package `dataset-fashion-mnist` has it (`apt install dataset-fashion-mnist`), the first 3,000 images; pass
-another directory of the `*-ubyte.gz` files as the only argument. It writes to `examples/out/fashion_mnist`.
+Fashion-MNIST as Debian's package `dataset-fashion-mnist` has it (`apt install dataset-fashion-mnist`), the first 3,000
+images; pass another directory of the `*-ubyte.gz` files as the only argument. It writes to
+`examples/out/fashion_mnist`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Text: which sentences of Python's language reference taught a small transformer what a sentence is about.
 
-The text is that of `pydoc_data.topics`, which comes with Python. A transformer with two layers tells which of six chapters a
-sentence is from; words that are rare are spelled `?`. It writes to `examples/out/text`.
+The text is that of `pydoc_data.topics`, which comes with Python. A transformer with two layers tells which of six
+chapters a sentence is from; words that are rare are spelled `?`. It writes to `examples/out/text`.
 """
 
 from __future__ import annotations

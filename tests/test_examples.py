@@ -75,8 +75,7 @@ def test_clothes() -> None:
 
 
 def test_without_the_clothes_it_says_what_to_do(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "fashion_mnist.py", tmp_path / "nothing"], capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, EXAMPLES / "fashion_mnist.py", tmp_path / "nothing"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert "apt install dataset-fashion-mnist" in done.stderr

@@ -63,7 +63,7 @@ def probe_gradients(
 def query_features(
     network: Network, probes: object, chord: Chord, rule: QuadratureRule, generator: torch.Generator
 ) -> Tensor:
-    """First-stage query features of the probes along a chord, ``[M, F]``: each point asks its own share of the probes."""
+    """First-stage query features of the probes along a chord, ``[M, F]``: each point asks its share of the probes."""
     parts = []
     stride = max(1, min(len(rule.points), batch_size(probes) // _ASKED))
     for first, t in enumerate(rule.points):
