@@ -77,7 +77,7 @@ class Chord:
         Returns:
             Parameter -> direction, with the parameter's shape.
         """
-        total = self.rows.sum(0) if self.total is None else self.total
+        total = self.examples.total if self.total is None else self.total
         return direction_of(total, self.sketches, self.second_stage, self.preconditioner, self.start)
 
     def without(self, example_ids: Tensor) -> Chord:

@@ -94,8 +94,8 @@ class HeldRows:
 
     @cached_property
     def total(self) -> Tensor:
-        """Sum of the rows, ``[k]``."""
-        return self.rows.sum(0)
+        """Sum of the rows, ``[k]``, in double precision on the way: rows mostly cancel."""
+        return self.rows.sum(0, dtype=torch.float64).to(self.rows.dtype)
 
     def held(self) -> HeldRows:
         """Itself."""

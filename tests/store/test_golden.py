@@ -22,7 +22,7 @@ ARTIFACTS = [f"{version}/{kind}" for version in VERSIONS for kind in ("rows-16",
 
 
 def test_there_is_a_golden_artifact_of_this_version_and_of_every_one_before() -> None:
-    assert VERSIONS == [f"{FORMAT_VERSION[0]}.{minor}" for minor in range(FORMAT_VERSION[1] + 1)]
+    assert [f"{FORMAT_VERSION[0]}.{minor}" for minor in range(FORMAT_VERSION[1] + 1)] == VERSIONS
 
 
 @pytest.mark.parametrize("name", ARTIFACTS)
