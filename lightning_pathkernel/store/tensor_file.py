@@ -63,7 +63,7 @@ class TensorFile:
         try:
             self.entries, self.metadata = _header(file)
         except (ValueError, TypeError, KeyError, OverflowError, AttributeError) as error:
-            raise ArtifactError(f"{file.name}: cannot be read as safetensors: {error}") from error
+            raise ArtifactError(f"{file.name}: cannot be read as safetensors: {error}", file.name) from error
 
     @property
     def name(self) -> str:
