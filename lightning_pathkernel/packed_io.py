@@ -121,7 +121,8 @@ def write_reduced(directory: Path, file: TensorFile, chord: StoredChord, kept: E
         whole = [name for name in facts["unattributed"] if name not in chord.sketches]
         for group in ("residual", "residual.exponents"):
             groups.pop(group, None)
-        pack_blocks("residual", {n: v for n, v in chord.residual.items() if n not in whole and bool(v.any())}, groups)
+        # as it is: beside rows that cancel, their displacement may be much larger than what is left of it
+        groups["residual"] = {n: v for n, v in chord.residual.items() if n not in whole and bool(v.any())}
         facts["unattributed"] = whole
     write_group(directory / file.name, groups, facts)
 

@@ -18,7 +18,7 @@ from lightning_pathkernel.store.publish import (
     publish_tensors,
     sha256_of,
 )
-from lightning_pathkernel.store.remote import download, is_url, local_copy, upload
+from lightning_pathkernel.store.remote import LocalCopy, download, is_url, local_copy, upload
 from lightning_pathkernel.store.tensor_file import TensorEntry, TensorFile
 from lightning_pathkernel.store.verification import verify
 
@@ -30,6 +30,7 @@ __all__ = [
     "MANIFEST",
     "ArtifactError",
     "CheckedFile",
+    "LocalCopy",
     "Manifest",
     "TensorEntry",
     "TensorFile",
