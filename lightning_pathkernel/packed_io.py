@@ -68,6 +68,9 @@ def write_packed(directory: Path, chord: Chord, before: Node | None, last: bool,
 
     Returns:
         The node at which it ends.
+
+    Raises:
+        ArtifactError: If a number of it is not finite: nobody could load it.
     """
     known = before or Node({}, {})
     start = {name: known.weights.get(name, weight) for name, weight in chord.start.items()}
@@ -91,10 +94,18 @@ def write_packed(directory: Path, chord: Chord, before: Node | None, last: bool,
         "example_ids": pack_integers(chord.example_ids), "self_inner": chord.self_inner,
         **pack_rows(chord.rows, row_bits), **_packed_stage(chord.second_stage),
     }  # fmt: skip
+    _check_writable(chord_name(chord.index), groups)
     if chord.names:
         groups["names"] = {"utf8": encode_names(chord.names)}
     write_group(directory / chord_name(chord.index), groups, {**chord_facts(chord), "unattributed": whole})
     return Node(end, dict(chord.end_buffers))
+
+
+def _check_writable(file: str, groups: Groups) -> None:
+    for group in ("start", "end", "delta", "preconditioner", "decay", "residual", *FACTORS, "rows"):
+        for name, value in groups.get(group, {}).items():
+            if value.is_floating_point() and name != "self_inner" and not bool(value.isfinite().all()):
+                raise ArtifactError(f"{file}: {group}/{name} is not finite: the recording cannot be exported")
 
 
 def write_reduced(directory: Path, file: TensorFile, chord: StoredChord, kept: ExampleRows, gone: Tensor) -> None:
