@@ -15,11 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_pathkernel.capture import matrix_shape
 from lightning_pathkernel.chord import Chord
-from lightning_pathkernel.sketch import KroneckerSketch
 
-__all__ = ["NEIGHBOURS", "LabelErrors", "isolation", "own_metric", "ranked", "suspicion"]
+__all__ = ["NEIGHBOURS", "LabelErrors", "coordinates", "isolation", "ranked", "suspicion"]
 
 NEIGHBOURS = 10
 """Examples of the same label that a gradient is compared with."""
@@ -50,9 +48,9 @@ def ranked(scores: Tensor, example_ids: Tensor, labels: Tensor) -> LabelErrors:
 def suspicion(chords: Sequence[Chord], example_ids: Tensor, labels: Tensor) -> Tensor:
     """How suspicious each label is, ``[N]``, between 0 and 1, from stored rows alone.
 
-    For every chord, an example has two ranks among those visited: of the length of its share of the displacement, and
-    of its `isolation`. The score is the mean of both over chords, weighted by their optimiser steps; 1/2 stands for a
-    chord without a visit.
+    For every chord, an example has two ranks among those visited: of the length of its gradients' sum, and of its
+    `isolation`, both in `coordinates`. The score is the mean of both over chords, weighted by their optimiser steps;
+    1/2 stands for a chord without a visit.
 
     Args:
         chords: The path.
@@ -65,7 +63,7 @@ def suspicion(chords: Sequence[Chord], example_ids: Tensor, labels: Tensor) -> T
     total, steps = torch.zeros(len(example_ids), dtype=torch.float64), 0
     for chord in chords:
         at = torch.searchsorted(example_ids, chord.example_ids)
-        rows = own_metric(chord)
+        rows = coordinates(chord)
         ranks = (_ranks(rows.square().sum(1)) + _ranks(isolation(rows, labels[at]))) / 2
         length = chord.last_step - chord.first_step
         total[at] += length * (ranks - 0.5)
@@ -119,11 +117,13 @@ def isolation(rows: Tensor, labels: Tensor, neighbours: int = NEIGHBOURS) -> Ten
     return out
 
 
-def own_metric(chord: Chord) -> Tensor:
-    """Rows in coordinates whose inner products are ``<A_i, D^-1 A_j> = <G_i, D G_j>``, ``[V, *]``.
+def coordinates(chord: Chord) -> Tensor:
+    """Rows in coordinates whose inner products are those of gradients, every parameter counting the same, ``[V, *]``.
 
     Stored rows are features of the sketch's training side; its query side brings them back to gradients, as far as the
-    sketch keeps them.
+    sketch keeps them. Each parameter is scaled so that its mean square over the chord's examples is 1: otherwise the
+    largest matrix decides, often that next to the input (Fashion-MNIST, MLP, AdamW: 0.72 of the wrong labels among
+    the first fifth, 0.86 scaled).
 
     Args:
         chord: A chord.
@@ -131,35 +131,35 @@ def own_metric(chord: Chord) -> Tensor:
     Returns:
         The rows, in float32.
     """
-    stage = chord.second_stage
+    stage, rows = chord.second_stage, chord.rows.double()
     if stage is None:
-        parts = [_times_root(chord.rows[:, columns].double(), form) for columns, form in _forms(chord)]
-        return torch.cat([chord.rows.new_zeros(len(chord.rows), 0).double(), *parts], dim=1).float()
+        parts = [_scaled(_times_root(rows[:, columns], form)) for columns, form in _forms(chord)]
+        return torch.cat([rows[:, :0], *parts], dim=1).float()
+    moment = rows.T @ rows / max(len(rows), 1)
     metric = torch.zeros(len(stage), len(stage), dtype=torch.float64)
     for columns, form in _forms(chord):
         part = stage[:, columns].double()
-        metric += (part * form) @ part.T if form.dim() == 1 else part @ form @ part.T
-    return _times_root(chord.rows.double(), metric).float()
+        part = part @ part.T if form is None else part @ form @ part.T
+        metric += part / (part * moment).sum().clamp_min(1e-300)
+    return _times_root(rows, metric).float()
 
 
-def _forms(chord: Chord) -> Iterator[tuple[slice, Tensor]]:
-    """For every parameter its columns of the first stage, and ``<G, D G>`` as a form of them or as its diagonal."""
+def _scaled(part: Tensor) -> Tensor:
+    return part / part.square().sum(1).mean().sqrt().clamp_min(1e-150)
+
+
+def _forms(chord: Chord) -> Iterator[tuple[slice, Tensor | None]]:
+    """For every parameter its columns of the first stage, and ``<G, G>`` as a form of them; None for their square."""
     start = 0
-    for name, sketch in chord.sketches.items():
-        yield slice(start, start + sketch.features), _form(sketch, chord.preconditioner.get(name)).double()
+    for sketch in chord.sketches.values():
+        yield slice(start, start + sketch.features), sketch.energy_form().double() if sketch.tensors() else None
         start += sketch.features
 
 
-def _form(sketch: KroneckerSketch, preconditioner: Tensor | None) -> Tensor:
-    diagonal = None if preconditioner is None else preconditioner.reshape(matrix_shape(preconditioner.shape))
-    if sketch.tensors():
-        return sketch.energy_form(diagonal)
-    return torch.ones(sketch.features) if diagonal is None else diagonal.flatten()
-
-
-def _times_root(rows: Tensor, form: Tensor) -> Tensor:
-    """``rows R`` with ``R R^T`` the form, or the diagonal form."""
-    if form.dim() == 1:
-        return rows * form.sqrt()
+def _times_root(rows: Tensor, form: Tensor | None) -> Tensor:
+    """``rows R`` with ``R R^T`` the form."""
+    if form is None:
+        return rows
     values, vectors = torch.linalg.eigh((form + form.T) / 2)
-    return rows @ (vectors * values.clamp_min(0).sqrt())
+    root: Tensor = vectors * values.clamp_min(0).sqrt()
+    return rows @ root

@@ -48,6 +48,11 @@ class Workshop(ABC):
         """Optimiser steps at which the path has its nodes, ``[C + 1]`` for C chords."""
         return torch.tensor([self._chords[0].first_step, *(chord.last_step for chord in self._chords)])
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights that the path moves, which inputs have as a rule."""
+        return next(iter(self._chords[0].start.values())).dtype
+
     # kernels
 
     def kernel(
@@ -227,8 +232,8 @@ class Workshop(ABC):
     def label_errors(self, labels: Labels, x: Any | None = None) -> LabelErrors:
         """Rank the training examples by how suspicious their labels are.
 
-        Without inputs, from what the artifact stores: an example is suspicious whose share of the displacement is
-        large and unlike that of the examples with the same label, chord by chord (`label_errors.suspicion`). With
+        Without inputs, from what the artifact stores: an example is suspicious whose gradients are large and unlike
+        those of the examples with the same label, chord by chord (`label_errors.suspicion`). With
         inputs, by the cross-entropy of its label, averaged over the nodes of the path by optimiser steps: the training
         loss averaged over training, which found more of the wrong labels wherever we measured
         (docs/label-errors.md), for networks whose outputs are the logits of classes.
