@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_under_sgd_the_path_kernel_is_the_integral_of_tangent_kernels(machine: K
     x, y = images()
     plain = tiny_machine(nn.Sequential(nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 10)).double(), x, y, chords=6)
     ends = [plain.tangent_kernel(x[:5], node=node) for node in range(7)]
-    trapezia = sum(0.1 * (a + b) / 2 for a, b in zip(ends[:-1], ends[1:], strict=True))
+    trapezia = sum(0.1 * (a + b) / 2 for a, b in pairwise(ends))
     torch.testing.assert_close(plain.kernel(x[:5]), trapezia, rtol=1e-3, atol=1e-5)
     assert not torch.allclose(plain.kernel(x[:5]), 0.6 * ends[0], rtol=1e-2)
 
