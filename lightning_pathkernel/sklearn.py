@@ -97,17 +97,38 @@ class PathKernel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         Raises:
             ValueError: If there is no machine, no such kernel, or X is no finite numeric matrix.
         """
+        self._fitted(X, whole=self.scaled)
+        return self
+
+    def fit_transform(self, X: Any, y: Any = None) -> Array:
+        """Keep the rows and give their Gram matrix, ``[n, n]``, which is exactly symmetric.
+
+        Args:
+            X: Inputs, ``[n, features]``.
+            y: Not used; for pipelines.
+
+        Returns:
+            As ``fit(X).transform(X)``, up to rounding, in less than half of the time.
+
+        Raises:
+            ValueError: As in `fit`.
+        """
+        gram: Array = self._fitted(X, whole=True) / self.scale_
+        return gram
+
+    def _fitted(self, X: Any, whole: bool) -> Array:
+        """The fitted rows' Gram matrix, where it is asked for."""
         self._machine()
         if self.kernel not in ("path", "tangent"):
             raise ValueError(f"kernel must be 'path' or 'tangent', found {self.kernel!r}")
         self.X_fit_ = self._checked(X, reset=True)
         self.scale_ = 1.0
+        gram = self._gram(self.X_fit_, None) if whole else np.zeros((0, 0))
         if self.scaled:
-            scale = float(np.mean(np.diagonal(self._gram(self.X_fit_, None))))
-            if not scale > 0:
+            self.scale_ = float(np.mean(np.diagonal(gram)))
+            if not self.scale_ > 0:
                 raise ValueError("the kernel is 0 on all fitted rows and cannot be scaled: pass scaled=False")
-            self.scale_ = scale
-        return self
+        return gram
 
     def transform(self, X: Any) -> Array:
         """The kernel of each row with each fitted one, ``[n, n_fit]``, in float64.
