@@ -2,8 +2,10 @@
 
 Does the architecture carry knowledge of the target? Each kernel of handwritten digits is asked for its alignment with
 the labels, and for the accuracy of a support vector machine on images that neither it nor the network has seen;
-centred kernel alignment compares networks. Run it with `.venv/bin/python examples/kernels.py`, after `make demo` or `make test`
-have set the environment up. Everything it writes goes to `examples/out/kernels`.
+centred kernel alignment compares networks.
+
+Run it from a bare checkout with `.venv/bin/python examples/kernels.py`, after `make demo` or `make test` have set the
+environment up. Everything it writes goes to `examples/out/kernels`.
 """
 
 from __future__ import annotations
