@@ -3,8 +3,8 @@
     python -m benchmarks.label_errors FASHION_MNIST --json build/label-errors.jsonl [--seeds 1 2 3] [--quick]
     python -m benchmarks.label_errors FASHION_MNIST --json build/label-errors.jsonl --docs docs
 
-The first form measures and appends one JSON object per fit and score; the second writes the table of
-docs/label-errors.md and docs/plots/label-errors.svg from them. 10 % of the labels are changed to another class, drawn
+The first form measures and appends one JSON object per fit and score; the second draws docs/plots/label-errors.svg from
+them and prints the table of docs/label-errors.md. 10 % of the labels are changed to another class, drawn
 evenly; each score ranks the training examples, and what counts is the share of the changed ones among the first 20 %.
 """
 
