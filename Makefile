@@ -76,6 +76,8 @@ bench: $(BENCH_INSTALLED)
 	  for m in "cnn 16-32" "cnn 8-16"; do $(PY) -m benchmarks.bytes "$(FASHION_MNIST)" --model "$$m"; done; \
 	  $(PY) -m benchmarks.attribution "$(FASHION_MNIST)" --docs docs/peers.md; \
 	  $(PY) -m benchmarks.literal "$(FASHION_MNIST)" --docs docs/peers.md; \
+	  $(PY) -m benchmarks.label_errors "$(FASHION_MNIST)" --json build/label-errors.jsonl; \
+	  $(PY) -m benchmarks.label_errors "$(FASHION_MNIST)" --json build/label-errors.jsonl --docs docs; \
 	else echo "contributions not measured: make bench FASHION_MNIST=DIRECTORY of the *-ubyte.gz files"; fi
 
 # Whether all of it runs: minutes, and nothing is written.
@@ -85,6 +87,7 @@ bench-quick: $(BENCH_INSTALLED)
 	if test -d "$(FASHION_MNIST)"; then \
 	  $(PY) -m benchmarks.attribution "$(FASHION_MNIST)" --quick; \
 	  $(PY) -m benchmarks.literal "$(FASHION_MNIST)" --quick; \
+	  $(PY) -m benchmarks.label_errors "$(FASHION_MNIST)" --json build/label-errors-quick.jsonl --quick; \
 	else echo "contributions not measured: make bench-quick FASHION_MNIST=DIRECTORY of the *-ubyte.gz files"; fi
 
 # What was made, but not the environment, which takes minutes: remove .venv by hand.

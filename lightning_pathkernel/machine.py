@@ -18,17 +18,16 @@ from lightning_pathkernel.chord_path import ChordPath, HeldPath
 from lightning_pathkernel.explanation import Explanation, OutputFn, functional_of, joined
 from lightning_pathkernel.ledger import bias
 from lightning_pathkernel.names import merge_names, names_of
-from lightning_pathkernel.network import ForwardFn, batch_size, take_rows
-from lightning_pathkernel.path import QuadratureRule
-from lightning_pathkernel.path_totals import PathTotals
+from lightning_pathkernel.network import ForwardFn, take_rows
 from lightning_pathkernel.ranking import all_contributions, strongest_contributions
 from lightning_pathkernel.reporting import report
 from lightning_pathkernel.store import Manifest
+from lightning_pathkernel.workshop import Workshop
 
 __all__ = ["KernelMachine"]
 
 
-class KernelMachine(PathTotals):
+class KernelMachine(Workshop):
     """A trained network as ``b(x) + sum_i c_i(x)`` over its training examples.
 
     Args:
@@ -131,14 +130,6 @@ class KernelMachine(PathTotals):
         return tuple(chord.held() for chord in self._path)
 
     @cached_property
-    def example_ids(self) -> Tensor:
-        """Every training example that was ever visited, sorted, ``[N]``; read when it is first asked for."""
-        found = torch.zeros(0, dtype=torch.long)
-        for examples in self._path.examples:
-            found = torch.unique(torch.cat([found, *(ids for ids, _ in examples.influences())]))
-        return found
-
-    @cached_property
     def example_names(self) -> dict[int, str]:
         """The user's string ids, by the integers that stand for them."""
         return merge_names(self._path.names())
@@ -167,10 +158,13 @@ class KernelMachine(PathTotals):
             A machine that shares everything else with this one.
         """
         drop = torch.as_tensor(example_ids).reshape(-1)
-        network, path = self._network, self._path.without(drop)
-        machine = KernelMachine(network.module, path, network.forward_fn, self._rtol, self._points, self._chunk)
+        machine = self._along(self._path.without(drop))
         machine._manifest = self._manifest
         return machine
+
+    def _along(self, path: Sequence[Chord] | ChordPath) -> KernelMachine:
+        network = self._network
+        return KernelMachine(network.module, path, network.forward_fn, self._rtol, self._points, self._chunk)
 
     report = report
 
@@ -230,54 +224,6 @@ class KernelMachine(PathTotals):
         ids, contributions = strongest_contributions(shares, top_k)
         ledger = {name: value[:, 0] for name, value in terms.items()}
         return Explanation(bias(ledger) + ledger["examples"], ids, contributions, ledger)
-
-    def kernel(
-        self,
-        x: Any,
-        x2: Any | None = None,
-        target: Tensor | None = None,
-        target2: Tensor | None = None,
-        output_fn: OutputFn | None = None,
-    ) -> Tensor:
-        """The path kernel ``K(x, x2) [Q, Q2]``, in units of squared output per unit of learning rate x time.
-
-        Computed from whole gradients on both sides, so it needs no stored example; symmetric and positive
-        semi-definite when ``x2`` is None.
-
-        Args:
-            x: Queries.
-            x2: Other queries; None for ``x`` itself.
-            target: Output of each query, ``[Q]``; None for the trace over outputs.
-            target2: Output of each other query, ``[Q2]``; None for the same as ``target`` where ``x2`` is None.
-            output_fn: As in `contributions`.
-
-        Returns:
-            The kernel matrix.
-
-        Raises:
-            ValueError: If only one of the two targets is given.
-        """
-        if x2 is not None and (target is None) != (target2 is None):
-            raise ValueError("give both target and target2, or neither (the trace over outputs)")
-        rules = self._rules(x)
-        if target is None and output_fn is None:
-            count = self._end_outputs(take_rows(x, slice(1))).shape[1]
-            n, n2 = batch_size(x), batch_size(x if x2 is None else x2)
-            columns = [(torch.full((n,), k), torch.full((n2,), k)) for k in range(count)]
-            return torch.stack([self._kernel(x, x2, a, b, None, rules) for a, b in columns]).sum(0)
-        chosen = torch.zeros(batch_size(x), dtype=torch.long) if target is None else target
-        if target2 is None and x2 is not None:
-            target2 = torch.zeros(batch_size(x2), dtype=torch.long)
-        other = chosen if target2 is None else target2
-        return self._kernel(x, x2, chosen, other, output_fn, rules)
-
-    def _kernel(
-        self, x: Any, x2: Any | None, target: Tensor, target2: Tensor, output_fn: OutputFn | None,
-        rules: list[QuadratureRule],
-    ) -> Tensor:  # fmt: skip
-        second = None if x2 is None else (x2, functional_of(output_fn, target2))
-        first = (x, functional_of(output_fn, target))
-        return query.kernel(self._network, first, second, self._path, rules)
 
     def coefficients(
         self, x: Any, x_train: Any, ids: Tensor, target: Tensor, target_train: Tensor | None = None

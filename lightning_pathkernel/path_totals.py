@@ -41,6 +41,14 @@ class PathTotals:
         self._rtol, self._points = rtol, quadrature_points
         self._chunk = chunk_size
 
+    @cached_property
+    def example_ids(self) -> Tensor:
+        """Every training example that was ever visited, sorted, ``[N]``; read when it is first asked for."""
+        found = torch.zeros(0, dtype=torch.long)
+        for examples in self._path.examples:
+            found = torch.unique(torch.cat([found, *(ids for ids, _ in examples.influences())]))
+        return found
+
     def predict(self, x: Any) -> Tensor:
         """The network's outputs rebuilt from the bias and the stored examples, eq. (7), ``[Q, K]``."""
         return self._over(x, lambda part: self._bias_and_examples(part)[0])

@@ -1,13 +1,12 @@
-"""Questions to a list of chords: sums, contributions and kernels. Knows nothing of files."""
+"""Questions to a list of chords: sums and contributions. Knows nothing of files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_pathkernel.capture import PerExampleGradient, matrix_shape
 from lightning_pathkernel.chord import QueryBuffer
 from lightning_pathkernel.chord_path import ChordPath, PathChord
 from lightning_pathkernel.ledger import LEDGER_TERMS, chord_terms
@@ -15,7 +14,7 @@ from lightning_pathkernel.network import Functional, Network, batch_size
 from lightning_pathkernel.path import QuadratureRule, gauss_legendre, integrate
 from lightning_pathkernel.ranking import ChordShare
 
-__all__ = ["kernel", "ledger", "query_features", "rule_within", "shares", "sums"]
+__all__ = ["ledger", "query_features", "rule_within", "shares", "sums"]
 
 
 def sums(network: Network, batch: object, chord: PathChord, rule: QuadratureRule) -> tuple[Tensor, Tensor]:
@@ -125,65 +124,3 @@ def ledger(
         for name, value in found.items():
             terms[name] = terms[name] + value
     return terms, gaps
-
-
-class _Whole:
-    """Collects a backward pass's per-example gradients, formed whole and scaled by the square root of D."""
-
-    def __init__(self, chord: PathChord) -> None:
-        self._chord = chord
-        self.parts: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, gradient: PerExampleGradient) -> None:
-        if name not in self._chord.delta:  # frozen at the time
-            return
-        part = gradient.dense()
-        if name in self._chord.preconditioner:
-            diagonal = self._chord.preconditioner[name]
-            part = part * diagonal.reshape(matrix_shape(diagonal.shape)).sqrt()
-        part = part.flatten(1)
-        self.parts[name] = self.parts[name] + part if name in self.parts else part
-
-
-def _roots(network: Network, batch: object, chord: PathChord, t: float, functional: Functional) -> Mapping[str, Tensor]:
-    whole = _Whole(chord)
-    network.per_example_gradients(batch, functional, whole, chord.weights(t), chord.end_buffers)
-    return whole.parts
-
-
-def kernel(
-    network: Network,
-    first: tuple[object, Functional],
-    second: tuple[object, Functional] | None,
-    path: ChordPath,
-    rules: Sequence[QuadratureRule],
-) -> Tensor:
-    """The path kernel ``sum_c learning_time_c * integral of J D J'^T`` between two batches, ``[n, n2]``.
-
-    Computed from whole gradients on both sides: no sketch, no stored example; symmetric and positive semi-definite
-    when ``second`` is None.
-
-    Args:
-        network: The network.
-        first: Queries and the scalar of each that is meant.
-        second: The same of the other side; None for the first one again.
-        path: The path.
-        rules: Quadrature along each chord.
-
-    Returns:
-        The kernel matrix.
-
-    Raises:
-        ValueError: If there are no chords.
-    """
-    out: Tensor | None = None
-    for chord, rule in zip(path, rules, strict=True):
-        for t, w in zip(rule.points, rule.weights, strict=True):
-            one = _roots(network, *first[:1], chord, t, first[1])
-            two = one if second is None else _roots(network, second[0], chord, t, second[1])
-            gram = torch.stack([one[name] @ two[name].T for name in one if name in two]).sum(0)
-            part = w * chord.learning_time * gram
-            out = part if out is None else out + part
-    if out is None:
-        raise ValueError("a machine without chords")
-    return out

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import attribution, attributors, growth, literal, page, peers, plots, retraining
+from benchmarks import attribution, attributors, growth, label_errors, literal, page, peers, plots, retraining
 from benchmarks.cases import CASES, Data
 from benchmarks.contenders import CONTENDERS, PEERS, PLAIN, RECORDED, Settings
 from benchmarks.page import read_lines
@@ -233,3 +233,27 @@ def test_growth_is_drawn(tmp_path: Path) -> None:
     rows = [{"sweep": "steps", "value": n, **{key: float(n) for key in growth.COLUMNS}} for n in (10, 100)]
     path = plots.draw_growth(rows, tmp_path)
     assert "artifact, MB" in path.read_text()
+
+
+# wrong labels
+
+
+def test_a_tenth_of_the_labels_is_changed_and_a_perfect_ranking_finds_them_first() -> None:
+    labels = torch.arange(200) % 10
+    given, wrong = label_errors.flipped(labels, seed=3)
+    assert int(wrong.sum()) == 20
+    assert torch.equal(given != labels, wrong)
+    curve = dict(zip(label_errors.POINTS, label_errors.found(wrong.float(), wrong), strict=True))
+    assert (curve[0.0], curve[0.05], curve[0.1], curve[1.0]) == (0, 0.5, 1, 1)
+    last = dict(zip(label_errors.POINTS, label_errors.found(-wrong.float(), wrong), strict=True))
+    assert (last[0.9], last[0.95], last[1.0]) == (0, 0.5, 1)
+
+
+def test_the_table_of_wrong_labels_has_the_mean_and_the_least_of_the_seeds(tmp_path: Path) -> None:
+    curve = [min(1.0, 4 * p) for p in label_errors.POINTS]
+    row = {"data": "digits", "network": "MLP", "optimizer": "SGD", "score": "label_errors(labels)"}
+    rows = [{**row, "seed": seed, "found": [c - 0.1 * seed for c in curve]} for seed in (0, 2)]
+    lines = list(label_errors.table(rows))
+    assert lines[2].startswith("| digits, MLP, SGD | 2 | 0.700 (0.600) |")
+    label_errors.draw(rows, tmp_path / "plots" / "label-errors.svg")
+    assert (tmp_path / "plots" / "label-errors.svg").read_text(encoding="utf-8").startswith("<?xml")

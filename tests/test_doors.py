@@ -21,12 +21,13 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def test_only_the_callback_knows_lightning_and_only_metrics_knows_torchmetrics() -> None:
+def test_one_module_each_knows_lightning_torchmetrics_and_scikit_learn() -> None:
     for path in ROOT.rglob("*.py"):
         roots = {name.partition(".")[0] for name in imports(path)}
         if path.name != "callback.py":
             assert not roots & {"pytorch_lightning", "lightning_fabric", "lightning"}, path.name
         assert "torchmetrics" not in roots or path.name == "metrics.py", path.name
+        assert "sklearn" not in roots or path.name == "sklearn.py", path.name
 
 
 def test_the_report_looks_at_machines_from_outside() -> None:

@@ -79,3 +79,28 @@ def test_without_the_clothes_it_says_what_to_do(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert "apt install dataset-fashion-mnist" in done.stderr
+
+
+def numbers(line: str, text: str) -> list[float]:
+    """The numbers after the words with which a line begins."""
+    found = re.search(rf"^ *{re.escape(line)}((?: +-?\d+\.\d+)+)", text, re.MULTILINE)
+    assert found, f"no line {line!r} in {text}"
+    return [float(number) for number in found[1].split()]
+
+
+def test_label_errors_on_digits() -> None:
+    printed = run("label_errors.py")
+    check_files(printed, "Picture")
+    for score in ("label_errors(labels)", "label_errors(labels, x)"):
+        assert numbers(score, printed)[2] >= 0.9, "share of the wrong labels among the first 20 %"
+
+
+def test_kernels_on_digits() -> None:
+    """A network's kernels are better aligned with the labels after training; SVMs on them read digits."""
+    printed = run("kernels.py")
+    check_files(printed, "Picture")
+    for name in ("MLP 0", "CNN 0"):
+        start, end, path = (numbers(f"{name}, {kind}", printed) for kind in ("tangent, start", "tangent, end", "path"))
+        assert start[0] < path[0]
+        assert start[0] < end[0]
+        assert min(end[1], path[1]) > 0.9

@@ -55,9 +55,8 @@ def test_contributions_add_up_to_the_sum_over_examples(name: str) -> None:
     network, chords, x = _record(name)
     rule = gauss_legendre(3)
     total = sum(query.sums(network, x, chord, rule)[0] for chord in chords)
-    parts = query.contributions(
-        network, x, chords, torch.arange(64), [rule] * len(chords), lambda outputs: outputs[:, 1]
-    )
+    shares = query.shares(network, x, HeldPath(chords), [rule] * len(chords), lambda outputs: outputs[:, 1])
+    parts = all_contributions(shares, torch.arange(64))
     torch.testing.assert_close(parts.sum(1), total[:, 1], rtol=1e-3, atol=1e-4)
 
 

@@ -227,5 +227,5 @@ def _change(new_train: Tensor | None, old_train: Tensor | None, old_query: Tenso
     if old_train is None or old_query is None:
         return new_train
     kept = torch.linalg.pinv(old_train.double() @ old_query.double().T).to(old_query)
-    back = old_query.T @ kept
+    back: Tensor = old_query.T @ kept
     return back if new_train is None else new_train @ back

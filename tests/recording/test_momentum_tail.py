@@ -58,7 +58,8 @@ def recorded(name: str, nodes: Sequence[int], sketch: SketchSettings) -> tuple[N
 
 def contributions(network: Network, chords: list[Chord], queries: Tensor) -> Tensor:
     rules = [gauss_legendre(8)] * len(chords)
-    return query.contributions(network, queries, chords, torch.arange(N), rules, lambda out: out[:, 0])
+    shares = query.shares(network, queries, HeldPath(chords), rules, lambda out: out[:, 0])
+    return all_contributions(shares, torch.arange(N))
 
 
 def expected(name: str) -> tuple[Tensor, Tensor]:
