@@ -18,6 +18,7 @@ from lightning_pathkernel.ledger import LEDGER_TERMS, bias, fidelity_metrics
 from lightning_pathkernel.names import merge_names, names_of
 from lightning_pathkernel.network import ForwardFn, Network, batch_size, take_rows
 from lightning_pathkernel.path import QuadratureRule, gauss_legendre
+from lightning_pathkernel.reporting import report
 
 __all__ = ["KernelMachine"]
 
@@ -58,6 +59,7 @@ class KernelMachine:
         self._chunk = chunk_size
         self.example_ids = torch.unique(torch.cat([c.example_ids for c in self._chords]))
         self.example_names: dict[int, str] = merge_names(c.names for c in self._chords)
+        self.directory: Path | None = None
 
     @classmethod
     def load(
@@ -87,7 +89,9 @@ class KernelMachine:
                 or dtypes differ from the manifest's; every difference is named.
         """
         private, chords = read_machine(path, module)
-        return cls(private, chords, forward_fn, rtol, quadrature_points)
+        machine = cls(private, chords, forward_fn, rtol, quadrature_points)
+        machine.directory = Path(path)
+        return machine
 
     @property
     def chords(self) -> tuple[Chord, ...]:
@@ -121,6 +125,8 @@ class KernelMachine:
         chords = [chord.without(drop) for chord in self._chords]
         network = self._network
         return KernelMachine(network.module, chords, network.forward_fn, self._rtol, self._points, self._chunk)
+
+    report = report
 
     # totals
 
@@ -311,8 +317,7 @@ class KernelMachine:
         Negative: training on an example lowers its own loss. Taken in training, visit by visit, as
         ``-weight * <g_i, D g_i>`` with the gradient ``g_i`` as it reached the optimiser, as far as its chord's sketch
         keeps it, times the rows of the step, so that with a mean-reduced loss the unit is that of one example's loss.
-        Large magnitudes mark examples that the
-        network had to bend for: rare, hard or mislabelled ones.
+        Large magnitudes mark examples that the network had to bend for: rare, hard or mislabelled ones.
 
         Returns:
             One number per example.
