@@ -13,17 +13,16 @@ if TYPE_CHECKING:
 __all__ = ["report"]
 
 
-def report(
-    self: KernelMachine, path: str | Path, x: Any = None, target: Tensor | None = None, **options: Any
-) -> Path:
+def report(self: KernelMachine, path: str | Path, x: Any = None, target: Tensor | None = None, **options: Any) -> Path:
     """Write a report: one HTML page that needs nothing else, not even a network.
 
     Args:
+        self: The machine.
         path: Where; what is there already is replaced.
         x: Queries to explain, as for `explain`; None for a page about training and examples alone.
         target: What is explained of each, ``[Q]``; None for the predicted class, or the only output.
         options: Fields of `lightning_pathkernel.report.ReportOptions`: ``examples`` (the training set, to show its
-            images, texts or table rows), ``labels``, ``columns``, ``class_names``, ``top_k``, ``max_queries`` and others.
+            images, texts or table rows), ``labels``, ``columns``, ``class_names``, ``top_k`` and others.
 
     Returns:
         The page's path.

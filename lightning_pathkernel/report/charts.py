@@ -143,10 +143,11 @@ def line_chart(
     lines = [_line(n, column, at, low, high) for n, column in found.items()]
     beneath = sum(v < low for v in values)
     below = f"{beneath} of {len(values)} values lie below {plain(low, 2)} and are drawn there." if beneath else ""
+    y_ticks = _percent_ticks(low, high) if _shares(found) else _ticks(low, high)
+    summary = f"{title} at {len(steps)} steps. " + " ".join(f"{line.label}: last {line.last}." for line in lines)
     return Chart(
-        key, title, meaning, lines, _ticks(0, right), _percent_ticks(low, high) if _shares(found) else _ticks(low, high), at, [int(s) for s in steps], below=below,
-        summary=f"{title} at {len(steps)} steps. " + " ".join(f"{ln.label}: last {ln.last}." for ln in lines),
-    )  # fmt: skip
+        key, title, meaning, lines, _ticks(0, right), y_ticks, at, [int(s) for s in steps], below=below, summary=summary
+    )
 
 
 def _line(name: str, column: Sequence[float | None], at: Sequence[float], low: float, high: float) -> Line:

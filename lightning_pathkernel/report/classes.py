@@ -29,15 +29,11 @@ class ClassTable:
         rows: Classes explained, by name.
         columns: Classes of the training examples, by name.
         values: Mean over the queries of a row's class of the summed contributions of a column's class, ``[R, C]``.
-        counts: Queries in each row.
-        sizes: Training examples in each column.
     """
 
     rows: list[str]
     columns: list[str]
     values: NDArray[np.float64]
-    counts: list[int]
-    sizes: list[int]
 
 
 def class_table(
@@ -57,10 +53,7 @@ def class_table(
     explained, classes = sorted(set(targets)), ordered(labels)
     where = np.asarray(targets)
     values = np.stack([sums[where == k].mean(0) for k in explained])
-    return ClassTable(
-        [class_name(k, names) for k in explained], [class_name(c, names) for c in classes], values,
-        [int((where == k).sum()) for k in explained], [sum(label == c for label in labels) for c in classes],
-    )  # fmt: skip
+    return ClassTable([class_name(k, names) for k in explained], [class_name(c, names) for c in classes], values)
 
 
 def ordered(labels: Sequence[Label]) -> list[Label]:

@@ -37,7 +37,7 @@ class ExampleSource:
         names: Mapping[int, str] | None = None, positions: int = 0, show: Callable[[Any], Any] | None = None,
     ) -> None:  # fmt: skip
         self._frame = hasattr(examples, "iloc")
-        self._examples, self._labels = examples, labels
+        self._examples, self._labels = examples, labels if labels is not None else labels_of(examples)
         self._columns = columns
         self._names, self._positions, self._show = dict(names or {}), positions, show
 
@@ -61,28 +61,26 @@ class ExampleSource:
         Raises:
             ValueError: If the user's examples do not have it.
         """
-        if self._examples is None:
-            return Shown()
-        item, _ = self._split(self._item(example))
-        if self._show is not None:
+        item = self.item(example)
+        if self._show is not None and item is not None:
             return show_item(self._show(item))
         return show_item(item, self._columns)
+
+    def item(self, example: int) -> Any:
+        """An example as the user has it, without its label; None where there are no examples."""
+        return None if self._examples is None else self._split(self._item(example))[0]
 
     def label(self, example: int) -> Label | None:
         """The label of an example; None where none is known."""
         if self._labels is not None:
             return _scalar(self._pick(self._labels, example, "labels"))
-        vector = labels_of(self._examples)
-        if vector is not None:
-            return _scalar(self._pick(vector, example, "labels"))
         if self._examples is None or self._frame or isinstance(self._examples, Tensor | np.ndarray):
             return None
         return self._split(self._item(example))[1]
 
     def label_vector(self, ids: Tensor) -> list[Label] | None:
         """Labels of all these ids, or None where one is missing or too many items would have to be read for them."""
-        by_item = self._labels is None and labels_of(self._examples) is None
-        if by_item and (self._examples is None or len(ids) > _LABELS_READ):
+        if self._labels is None and (self._examples is None or len(ids) > _LABELS_READ):
             return None
         found = [self.label(int(i)) for i in ids]
         return None if any(each is None for each in found) else [each for each in found if each is not None]

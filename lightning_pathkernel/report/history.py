@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_pathkernel.store import ArtifactError
 
-__all__ = ["METRICS", "History", "Metric", "read_history", "tidy"]
+__all__ = ["METRICS", "History", "Metric", "read_history", "thinned", "tidy"]
 
 History = Sequence[Mapping[str, float | None]]
 """Entries of ``metrics.json``: name -> value, with ``step`` among them; None where a value was not finite."""
@@ -40,7 +40,7 @@ METRICS = {
     ),
     "agreement": Metric(
         "Agreement",
-        "Share of inputs on which machine and network decide alike: the same class, or the same sign of a single output.",
+        "Share of inputs on which machine and network decide alike: the same class, or the sign of a single output.",
         share=True,
     ),
     "error_quadrature": Metric(
@@ -91,6 +91,14 @@ def tidy(history: History) -> list[dict[str, float | None]]:
     return sorted(out, key=lambda entry: entry["step"] or 0.0)
 
 
+def thinned(history: Sequence[dict[str, float | None]], most: int) -> list[dict[str, float | None]]:
+    """At most so many entries of a history, evenly spread, the last among them."""
+    count = len(history)
+    if count <= most:
+        return list(history)
+    return [history[round(k * (count - 1) / (most - 1))] for k in range(most)]
+
+
 def _finite(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
@@ -111,13 +119,13 @@ def read_history(directory: str | Path) -> list[dict[str, float | None]]:
     if not path.is_file():
         return []
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
-        entries = found["history"]
-        if not isinstance(entries, list) or not all(_is_entry(entry) for entry in entries):
-            raise ValueError("expected a list of tables of numbers")
-        return tidy(entries)
+        entries: Any = json.loads(path.read_text(encoding="utf-8"))["history"]
+        found = tidy(entries) if isinstance(entries, list) and all(_is_entry(entry) for entry in entries) else None
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise ArtifactError(f"{path.name}: malformed: {error!r}") from error
+    if found is None:
+        raise ArtifactError(f"{path.name}: malformed: its history is no list of tables of numbers")
+    return found
 
 
 def _is_entry(entry: Any) -> bool:

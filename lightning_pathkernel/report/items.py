@@ -55,6 +55,9 @@ def show_item(item: Any, columns: Sequence[str] | None = None) -> Shown:
 
     Returns:
         What is shown; for anything else its `repr`, as a text.
+
+    Raises:
+        ValueError: If there is not one name for each column.
     """
     if item is None:
         return Shown()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -150,7 +151,8 @@ def suspects(machine: KernelMachine, source: ExampleSource, options: ReportOptio
     """The examples whose self-influence is largest in magnitude, largest first."""
     found: Tensor = machine.self_influence()
     order = found.abs().argsort(descending=True, stable=True)[: options.max_suspects]
-    largest = float(found.abs().max()) or 1.0
+    finite = found[found.isfinite()].abs()
+    largest = float(finite.max()) if bool(finite.any()) else 1.0
     decimals = decimals_for([largest])
     out = []
     for rank, place in enumerate(order.tolist(), start=1):
@@ -159,7 +161,7 @@ def suspects(machine: KernelMachine, source: ExampleSource, options: ReportOptio
         out.append(
             Suspect(
                 rank, example, source.name(example), source.look(example), label, value, signed(value, decimals),
-                100 * abs(value) / largest,
+                100 * min(1.0, abs(value) / largest) if math.isfinite(value) else 0.0,
             )
         )  # fmt: skip
     return out

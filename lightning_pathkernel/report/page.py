@@ -38,6 +38,7 @@ class Page:
         example_count: How many training examples the machine has.
         complete: Whether contributions include their share of the sketch term.
         suspects_by: What the suspects are ranked by, in a sentence.
+        entries: How many entries were logged, of which ``history`` may hold but some.
     """
 
     title: str
@@ -53,7 +54,8 @@ class Page:
     example_count: int
     complete: bool
 
-    suspects_by: str = ""
+    suspects_by: str
+    entries: int
 
     @property
     def names(self) -> list[str]:

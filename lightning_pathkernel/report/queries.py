@@ -22,8 +22,9 @@ from lightning_pathkernel.report.waterfall import Step, waterfall
 if TYPE_CHECKING:
     from lightning_pathkernel.machine import KernelMachine
 
-__all__ = ["ExampleRow", "QueryView", "QueryPart", "query_part"]
+__all__ = ["ExampleRow", "QueryPart", "QueryView", "query_part"]
 
+MOST_CLASSES = 500
 _CHUNK = 64
 """Queries whose contributions to all examples are held at once."""
 
@@ -117,6 +118,8 @@ def query_part(
     count, classes = len(outputs), outputs.shape[1]
     shown = min(count, options.max_queries)
     labels = source.label_vector(machine.example_ids) if classes > 1 else None
+    if labels is not None and len(set(labels)) > MOST_CLASSES:
+        labels = None
     signs, sums = _sums(machine, x, chosen, labels, shown, options)
     views = _views(machine, x, chosen[:shown], outputs[:shown], signs, source, options)
     heat, missing = None, _why_no_heat(classes, labels)
@@ -128,7 +131,13 @@ def query_part(
 def _why_no_heat(classes: int, labels: list[Label] | None) -> str:
     if classes == 1:
         return "A single output has no classes to compare."
-    return "" if labels is not None else "Classes are compared where the labels of all training examples are known: labels="
+    return (
+        ""
+        if labels is not None
+        else (
+            f"Classes are compared where the labels of all training examples are known (labels=), {MOST_CLASSES} at most."
+        )
+    )
 
 
 def _sums(
@@ -167,8 +176,7 @@ def _views(
         views.append(
             QueryView(
                 q, options.query_names[q] if options.query_names is not None else str(q),
-                show_item(items[q] if options.show is None or options.query_items is not None else options.show(items[q]),
-                          options.columns),
+                show_item(items[q], options.columns),
                 class_name(label, options.class_names),
                 plain(float(outputs[q]), decimals) if predicted is None else class_name(predicted, options.class_names),
                 None if predicted is None or label is None else predicted == label,
@@ -196,8 +204,7 @@ def _items(x: Any, options: ReportOptions) -> Sequence[Any]:
         return options.query_items
     first = x[0] if isinstance(x, tuple | list) else x
     leaf = next(leaf for leaf in pytree.tree_leaves(first) if isinstance(leaf, Tensor) and leaf.dim())
-    rows: Sequence[Any] = list(leaf)
-    return rows
+    return list(leaf) if options.show is None else [options.show(row) for row in leaf]
 
 
 def _labels(x: Any, options: ReportOptions) -> list[Label | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_pathkernel.report.numbers import decimals_for, plain, signed
@@ -22,6 +22,7 @@ LEDGER_WORDS = {
     "unattributed": ("Unattributed", "moved the weights, but through no example"),
     "network": ("Network", "the output of the trained network itself"),
 }
+EXAMPLES = "Examples"
 _TOTALS = ("bias", "machine", "network")
 
 
@@ -39,6 +40,7 @@ class Step:
         left: Left end of its bar, in percent.
         width: Width of its bar, in percent.
         end: Where the running total stands after it, in percent.
+        cut: Whether its bar goes on beyond the right end of the scale.
     """
 
     key: str
@@ -50,37 +52,57 @@ class Step:
     left: float
     width: float
     end: float
+    cut: bool
 
 
-def waterfall(ledger: Mapping[str, float], positive: float, negative: float) -> tuple[list[Step], float]:
+def waterfall(
+    ledger: Mapping[str, float], positive: float | None = None, negative: float | None = None
+) -> tuple[list[Step], float]:
     """The rows of one query's waterfall.
 
     Args:
         ledger: Its terms, of `lightning_pathkernel.ledger.LEDGER_TERMS`.
-        positive: Sum of its positive contributions.
+        positive: Sum of its positive contributions; None for one row of examples for and against together.
         negative: Sum of its negative ones; both together are the ledger's ``examples``.
 
     Returns:
         The rows, and where 0 lies, in percent.
     """
-    values = {**ledger, "for": positive, "against": negative}
-    running, spans = 0.0, []
+    split = positive is not None and negative is not None
+    values = {**ledger, "for": ledger["examples"] if positive is None else positive, "against": negative or 0.0}
+    running, spans = 0.0, list[tuple[str, float, float]]()
     for key in LEDGER_WORDS:
+        if key == "against" and not split:
+            continue
         if key in _TOTALS:
             spans.append((key, 0.0, running))
         else:
             spans.append((key, running, running + values[key]))
             running += values[key]
-    ends = [0.0, *(end for _, *pair in spans for end in pair)]
-    low, high = min(ends), max(ends)
+    low, high = _scale(spans)
     scale = 100 / (high - low) if high > low else 0.0
     decimals = decimals_for([ledger["examples"], *(end for key, _, end in spans if key in _TOTALS)])
-    return [_step(key, a, b, low, scale, decimals) for key, a, b in spans], -low * scale
+    words = {key: word for key, (word, _) in LEDGER_WORDS.items()} | ({} if split else {"for": EXAMPLES})
+    return [_step(key, words[key], a, b, (low, high, scale), decimals) for key, a, b in spans], -low * scale
 
 
-def _step(key: str, start: float, end: float, low: float, scale: float, decimals: int) -> Step:
+def _scale(spans: Sequence[tuple[str, float, float]]) -> tuple[float, float]:
+    """Ends of the scale: where examples for and against dwarf all else, their bars are cut."""
+    ends = {key: (start, end) for key, start, end in spans}
+    every = [0.0, *(place for pair in ends.values() for place in pair)]
+    if "against" not in ends:
+        return min(every), max(every)
+    rest = [0.0, ends["for"][0], ends["against"][1]]
+    rest += [place for key, pair in ends.items() if key not in ("for", "against") for place in pair]
+    low, high, room = min(every), max(every), max(rest) - min(rest)
+    return low, max(rest) + 0.4 * room if high - low > 3 * room > 0 else high
+
+
+def _step(key: str, label: str, start: float, end: float, axis: tuple[float, float, float], decimals: int) -> Step:
+    low, high, scale = axis
     total, value = key in _TOTALS, end - start
-    sign = "total" if total else "for" if value > 0 else "against" if value < 0 else "zero"
     text = plain(value, decimals) if total else signed(value, decimals)
-    left, width = (min(start, end) - low) * scale, abs(value) * scale
-    return Step(key, LEDGER_WORDS[key][0], value, text, total, sign, left, width, (end - low) * scale)
+    shown = bool(text.strip("0.\N{MINUS SIGN}+"))
+    sign = "total" if total else "zero" if not shown else "for" if value > 0 else "against"
+    left, right, place = ((min(high, each) - low) * scale for each in (min(start, end), max(start, end), end))
+    return Step(key, label, value, text, total, sign, left, right - left, place, max(start, end) > high)

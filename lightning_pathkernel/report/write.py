@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lightning_pathkernel.report.examples import ExampleSource
-from lightning_pathkernel.report.history import read_history, tidy
+from lightning_pathkernel.report.history import read_history, thinned, tidy
 from lightning_pathkernel.report.options import ReportOptions
 from lightning_pathkernel.report.overview import cards, chord_rows, path_chart, suspects, training_charts
 from lightning_pathkernel.report.page import Page, render
@@ -21,6 +21,8 @@ from lightning_pathkernel.store import read_manifest
 if TYPE_CHECKING:
     from lightning_pathkernel.machine import KernelMachine
 
+MOST_ENTRIES = 400
+"""Entries of the history that are drawn and written."""
 SELF_INFLUENCE = (
     "Self-influence is what training on an example did to its own loss, negative where it lowered it; the larger its "
     "magnitude, the more the network had to bend for this one example."
@@ -71,10 +73,11 @@ def report_directory(directory: str | Path, path: str | Path | None = None, titl
     """
     place = Path(directory)
     manifest, history = read_manifest(place), read_history(place)
+    drawn = thinned(history, MOST_ENTRIES)
     last = max([entry["step"] or 0.0 for entry in history], default=0.0)
     page = Page(
-        title, _facts(manifest), cards(history, {}), history, training_charts(history, last), None, [], 0, None, [], 0,
-        True,
+        title, _facts(manifest), cards(history, {}), drawn, training_charts(drawn, last), None, [], 0, None, [], 0,
+        True, "", len(history),
     )  # fmt: skip
     return _publish(Path(path) if path is not None else place.parent / "report.html", render(page))
 
@@ -89,7 +92,7 @@ def _page(
     )
     queries = None if x is None else query_part(machine, x, target, source, options)
     rows = chord_rows(machine.chords)
-    count = len(machine.example_ids)
+    count, drawn = len(machine.example_ids), thinned(history, MOST_ENTRIES)
     facts = {
         **_facts(manifest),
         "training examples": f"{count:,}",
@@ -97,9 +100,9 @@ def _page(
         "chords": str(len(rows)),
     }
     return Page(
-        options.title, facts, cards(history, queries.fidelity if queries else {}), history,
-        training_charts(history, rows[-1].last), path_chart(rows), rows[: options.max_chords], len(rows), queries,
-        suspects(machine, source, options), count, options.complete, SELF_INFLUENCE,
+        options.title, facts, cards(history, queries.fidelity if queries else {}), drawn,
+        training_charts(drawn, rows[-1].last), path_chart(rows), rows[: options.max_chords], len(rows), queries,
+        suspects(machine, source, options), count, options.complete, SELF_INFLUENCE, len(history),
     )  # fmt: skip
 
 
