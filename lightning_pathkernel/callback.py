@@ -70,9 +70,12 @@ class PathKernelCallback(_Callback):
             chords ended than the schedule would have ended, and no chord is longer than twice the schedule's last one:
             a tolerance that is always exceeded gives the schedule, and what is left of the budget always reaches to
             the end. Where the end of the fit is unknown (``max_time``), the tolerance rises as the budget goes instead.
+        log_figures: Hand figures of training (fidelity, error budget, kernel velocity and, where the machine is
+            exported, its path) to TensorBoard and Weights & Biases when fitting ends; needs matplotlib.
 
     Raises:
         ValueError: If a number is not positive, or there is no such sketch.
+        ModuleNotFoundError: If figures are to be logged and there is no matplotlib.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class PathKernelCallback(_Callback):
         unattributed: str = "refuse",
         positions: int = 0,
         tolerance: float | None = None,
+        log_figures: bool = False,
     ) -> None:
         for name, value in (("sketch_dim", sketch_dim), ("nodes", nodes)):
             if value < 1:
@@ -103,6 +107,8 @@ class PathKernelCallback(_Callback):
             raise ValueError(f"sketch must be one of {', '.join(sorted(SKETCHES))}, found {sketch!r}")
         if unattributed not in ("refuse", "allow"):
             raise ValueError(f"unattributed must be 'refuse' or 'allow', found {unattributed!r}")
+        if log_figures and find_spec("matplotlib") is None:
+            raise ModuleNotFoundError("log_figures needs matplotlib: pip install 'lightning-pathkernel[report]'")
         self.dirpath = dirpath
         self.sketch_dim = sketch_dim
         self.nodes = nodes
@@ -116,6 +122,7 @@ class PathKernelCallback(_Callback):
         self.unattributed = unattributed
         self.positions = positions
         self.tolerance = tolerance
+        self.log_figures = log_figures
         self.machine_dir: Path | None = None
         self.recording_dir: Path | None = None
         self._forget()
@@ -218,7 +225,18 @@ class PathKernelCallback(_Callback):
         """Close the last chord and export."""
         if self._session is not None:
             self._session.finish(trainer.strategy.barrier)
+            if self.log_figures and trainer.is_global_zero:
+                self._log_figures(trainer, pl_module, self._session.history)
             self._release(trainer)
+
+    def _log_figures(self, trainer: pl.Trainer, module: pl.LightningModule, history: list[dict[str, float]]) -> None:
+        from lightning_pathkernel.machine import KernelMachine
+        from lightning_pathkernel.report.loggers import log_figures
+
+        directory = self.machine_dir
+        found = directory is not None and directory.is_dir()
+        machine = KernelMachine.load(directory, module, self.forward_fn) if directory is not None and found else None
+        log_figures(trainer.loggers, history, machine)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave no hook behind; chords closed so far stay exportable."""

@@ -131,13 +131,9 @@ def query_part(
 def _why_no_heat(classes: int, labels: list[Label] | None) -> str:
     if classes == 1:
         return "A single output has no classes to compare."
-    return (
-        ""
-        if labels is not None
-        else (
-            f"Classes are compared where the labels of all training examples are known (labels=), {MOST_CLASSES} at most."
-        )
-    )
+    if labels is not None:
+        return ""
+    return f"Classes are compared where the labels of all training examples are known (labels=), {MOST_CLASSES} at most."
 
 
 def _sums(
