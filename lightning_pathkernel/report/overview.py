@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
 
 from lightning_pathkernel.report.charts import Chart, bar_chart, line_chart, value_text
-from lightning_pathkernel.report.classes import class_name
-from lightning_pathkernel.report.examples import ExampleSource
+from lightning_pathkernel.report.classes import class_name, ordered
+from lightning_pathkernel.report.examples import ExampleSource, Label
 from lightning_pathkernel.report.history import METRICS
 from lightning_pathkernel.report.items import Shown
 from lightning_pathkernel.report.numbers import decimals_for, percent, plain, signed
@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from lightning_pathkernel.chord import Chord
     from lightning_pathkernel.machine import KernelMachine
 
-__all__ = ["Card", "ChordRow", "Suspect", "cards", "chord_rows", "path_chart", "suspects", "training_charts"]
+__all__ = [
+    "Card",
+    "ChordRow",
+    "Suspect",
+    "Suspects",
+    "cards",
+    "chord_rows",
+    "path_chart",
+    "suspects",
+    "training_charts",
+]
 
 _CARDS = (
     "fidelity", "agreement", "error_quadrature", "error_sketch", "error_unattributed", "kernel_velocity", "overhead",
@@ -135,33 +145,73 @@ def path_chart(rows: Sequence[ChordRow]) -> Chart:
 
 @dataclass(frozen=True)
 class Suspect:
-    """A training example whose label may be wrong: its rank and self-influence, with a bar in percent."""
+    """A training example whose label may be wrong.
+
+    Attributes:
+        rank: Its place in the ranking.
+        id: Its id.
+        name: What the page calls it.
+        shown: How it is shown.
+        label: Its label, or nothing.
+        score: What it is ranked by, as a number and as text.
+        influence: Its self-influence, as a number and as text.
+        width: Its bar, in percent of the first one's.
+    """
 
     rank: int
     id: int
     name: str
     shown: Shown
     label: str
-    value: float
-    text: str
+    score: tuple[float, str]
+    influence: tuple[float, str]
     width: float
 
 
-def suspects(machine: KernelMachine, source: ExampleSource, options: ReportOptions) -> list[Suspect]:
-    """The examples whose self-influence is largest in magnitude, largest first."""
-    found: Tensor = machine.self_influence()
-    order = found.abs().argsort(descending=True, stable=True)[: options.max_suspects]
-    finite = found[found.isfinite()].abs()
-    largest = float(finite.max()) if bool(finite.any()) else 1.0
-    decimals = decimals_for([largest])
-    out = []
-    for rank, place in enumerate(order.tolist(), start=1):
-        example, value = int(machine.example_ids[place]), float(found[place])
-        label = class_name(source.label(example), options.class_names)
-        out.append(
+@dataclass(frozen=True)
+class Suspects:
+    """The most suspicious examples, and what they are ranked by: the machine's suspicion, or self-influence."""
+
+    rows: list[Suspect]
+    by_suspicion: bool
+
+
+def suspects(
+    machine: KernelMachine, source: ExampleSource, labels: Sequence[Label] | None, options: ReportOptions
+) -> Suspects:
+    """Training examples whose labels may be wrong, most suspicious first.
+
+    Args:
+        machine: The machine; where it ranks labels itself (`label_errors`), its ranking is taken.
+        source: The training examples.
+        labels: Their labels in the order of ``machine.example_ids``; None where they are not known, and the size of
+            self-influence ranks.
+        options: What the user asked for.
+
+    Returns:
+        The first of them.
+    """
+    influence = machine.self_influence()
+    rank = getattr(machine, "label_errors", None)
+    if rank is not None and labels is not None and not any(isinstance(label, float) for label in labels):
+        code = {label: k for k, label in enumerate(ordered(labels))}
+        found = rank(torch.tensor([code[label] for label in labels]))
+        order = torch.searchsorted(machine.example_ids, found.example_ids[: options.max_suspects])
+        scores, by_suspicion = found.scores, True
+    else:
+        order = influence.abs().argsort(descending=True, stable=True)[: options.max_suspects]
+        scores, by_suspicion = influence[order], False
+    largest = max((abs(v) for v in scores[: len(order)].tolist() if math.isfinite(v)), default=0.0) or 1.0
+    digits, decimals = decimals_for([largest]), decimals_for(influence.tolist())
+    rows = []
+    for place, (at, score) in enumerate(zip(order.tolist(), scores.tolist(), strict=False), start=1):
+        example, own = int(machine.example_ids[at]), float(influence[at])
+        rows.append(
             Suspect(
-                rank, example, source.name(example), source.look(example), label, value, signed(value, decimals),
-                100 * min(1.0, abs(value) / largest) if math.isfinite(value) else 0.0,
+                place, example, source.name(example), source.look(example),
+                class_name(source.label(example), options.class_names),
+                (score, plain(score, digits) if by_suspicion else signed(score, digits)), (own, signed(own, decimals)),
+                100 * min(1.0, abs(score) / largest) if math.isfinite(score) else 0.0,
             )
         )  # fmt: skip
-    return out
+    return Suspects(rows, by_suspicion)

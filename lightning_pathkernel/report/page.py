@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from lightning_pathkernel.report.charts import Chart, value_text
 from lightning_pathkernel.report.history import METRICS
-from lightning_pathkernel.report.overview import Card, ChordRow, Suspect
+from lightning_pathkernel.report.overview import Card, ChordRow, Suspects
 from lightning_pathkernel.report.queries import QueryPart
 from lightning_pathkernel.report.waterfall import LEDGER_WORDS
 
@@ -37,7 +37,6 @@ class Page:
         suspects: Suspected label errors.
         example_count: How many training examples the machine has.
         complete: Whether contributions include their share of the sketch term.
-        suspects_by: What the suspects are ranked by, in a sentence.
         entries: How many entries were logged, of which ``history`` may hold but some.
     """
 
@@ -50,11 +49,10 @@ class Page:
     chords: Sequence[ChordRow]
     chord_count: int
     queries: QueryPart | None
-    suspects: Sequence[Suspect]
+    suspects: Suspects
     example_count: int
     complete: bool
 
-    suspects_by: str
     entries: int
 
     @property
@@ -71,7 +69,7 @@ class Page:
     @property
     def has_labels(self) -> bool:
         """Whether any suspect has a label."""
-        return any(suspect.label for suspect in self.suspects)
+        return any(suspect.label for suspect in self.suspects.rows)
 
 
 def template_text(name: str) -> str:

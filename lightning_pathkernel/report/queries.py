@@ -99,8 +99,9 @@ class QueryPart:
 
 
 def query_part(
-    machine: KernelMachine, x: Any, target: Tensor | None, source: ExampleSource, options: ReportOptions
-) -> QueryPart:
+    machine: KernelMachine, x: Any, target: Tensor | None, source: ExampleSource, labels: Sequence[Label] | None,
+    options: ReportOptions,
+) -> QueryPart:  # fmt: skip
     """Explain queries.
 
     Args:
@@ -108,6 +109,7 @@ def query_part(
         x: The queries.
         target: What is explained of each; None for the predicted class, or the only output.
         source: The training examples.
+        labels: Their labels in the order of ``machine.example_ids``, or None.
         options: What the user asked for.
 
     Returns:
@@ -117,8 +119,7 @@ def query_part(
     chosen = outputs.argmax(1) if target is None else torch.as_tensor(target)
     count, classes = len(outputs), outputs.shape[1]
     shown = min(count, options.max_queries)
-    labels = source.label_vector(machine.example_ids) if classes > 1 else None
-    if labels is not None and len(set(labels)) > MOST_CLASSES:
+    if classes == 1 or (labels is not None and len(set(labels)) > MOST_CLASSES):
         labels = None
     signs, sums = _sums(machine, x, chosen, labels, shown, options)
     views = _views(machine, x, chosen[:shown], outputs[:shown], signs, source, options)
@@ -128,16 +129,18 @@ def query_part(
     return QueryPart(views, count, machine.fidelity([x]), heat, missing)
 
 
-def _why_no_heat(classes: int, labels: list[Label] | None) -> str:
+def _why_no_heat(classes: int, labels: Sequence[Label] | None) -> str:
     if classes == 1:
         return "A single output has no classes to compare."
     if labels is not None:
         return ""
-    return f"Classes are compared where the labels of all training examples are known (labels=), {MOST_CLASSES} at most."
+    return (
+        f"Classes are compared where the labels of all training examples are known (labels=), {MOST_CLASSES} at most."
+    )
 
 
 def _sums(
-    machine: KernelMachine, x: Any, target: Tensor, labels: list[Label] | None, shown: int, options: ReportOptions
+    machine: KernelMachine, x: Any, target: Tensor, labels: Sequence[Label] | None, shown: int, options: ReportOptions
 ) -> tuple[Tensor, np.ndarray[Any, np.dtype[np.float64]] | None]:
     """Positive and negative sums of the first queries ``[shown, 2]``; sums by training class of all ``[Q, C]``."""
     codes = None

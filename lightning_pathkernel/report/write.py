@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_pathkernel.report.examples import ExampleSource
 from lightning_pathkernel.report.history import read_history, thinned, tidy
 from lightning_pathkernel.report.options import ReportOptions
-from lightning_pathkernel.report.overview import cards, chord_rows, path_chart, suspects, training_charts
+from lightning_pathkernel.report.overview import Suspects, cards, chord_rows, path_chart, suspects, training_charts
 from lightning_pathkernel.report.page import Page, render
 from lightning_pathkernel.report.queries import query_part
 from lightning_pathkernel.store import read_manifest
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 
 MOST_ENTRIES = 400
 """Entries of the history that are drawn and written."""
-SELF_INFLUENCE = (
-    "Self-influence is what training on an example did to its own loss, negative where it lowered it; the larger its "
-    "magnitude, the more the network had to bend for this one example."
-)
 
 __all__ = ["report_directory", "write_report"]
 
@@ -76,8 +72,8 @@ def report_directory(directory: str | Path, path: str | Path | None = None, titl
     drawn = thinned(history, MOST_ENTRIES)
     last = max([entry["step"] or 0.0 for entry in history], default=0.0)
     page = Page(
-        title, _facts(manifest), cards(history, {}), drawn, training_charts(drawn, last), None, [], 0, None, [], 0,
-        True, "", len(history),
+        title, _facts(manifest), cards(history, {}), drawn, training_charts(drawn, last), None, [], 0, None, Suspects([], False), 0,
+        True, len(history),
     )  # fmt: skip
     return _publish(Path(path) if path is not None else place.parent / "report.html", render(page))
 
@@ -90,7 +86,8 @@ def _page(
     source = ExampleSource(
         options.examples, options.labels, options.columns, machine.example_names, positions, options.show
     )
-    queries = None if x is None else query_part(machine, x, target, source, options)
+    labels = source.label_vector(machine.example_ids)
+    queries = None if x is None else query_part(machine, x, target, source, labels, options)
     rows = chord_rows(machine.chords)
     count, drawn = len(machine.example_ids), thinned(history, MOST_ENTRIES)
     facts = {
@@ -102,7 +99,7 @@ def _page(
     return Page(
         options.title, facts, cards(history, queries.fidelity if queries else {}), drawn,
         training_charts(drawn, rows[-1].last), path_chart(rows), rows[: options.max_chords], len(rows), queries,
-        suspects(machine, source, options), count, options.complete, SELF_INFLUENCE, len(history),
+        suspects(machine, source, labels, options), count, options.complete, len(history),
     )  # fmt: skip
 
 

@@ -24,7 +24,9 @@ def machine(
 ) -> KernelMachine:
     """A machine of a short fit: digits, unless there are others."""
     module = Classifier() if module is None else module
-    callback = PathKernelCallback(str(root / "run"), **{"sketch_dim": 64, "nodes": 4, "probes": 32 if validate else 0, **options})
+    callback = PathKernelCallback(
+        str(root / "run"), **{"sketch_dim": 64, "nodes": 4, "probes": 32 if validate else 0, **options}
+    )
     loader = None if training is None else DataLoader(training, batch_size=8, shuffle=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You defined a `validation_step` but have no `val_dataloader`")

@@ -128,15 +128,17 @@ def test_tables_are_sorted(visit: Any, by: str) -> None:
             button.focus()
             page.keyboard.press("Enter")
 
+    head = table.locator("th", has=page.get_by_role("button", name="Self-influence"))
+    place = 1 + table.locator("th button").all_inner_texts().index("Self-influence")
+    cells = table.locator(f"td:nth-child({place})")
     press("Self-influence")
-    head = table.locator("th").last
     assert head.get_attribute("aria-sort") == "ascending"
     assert table.locator("th[aria-sort]").count() == 1
-    values = [float(v) for v in table.locator("td.signed").evaluate_all("cells => cells.map(c => c.dataset.value)")]
+    values = [float(v) for v in cells.evaluate_all("cells => cells.map(c => c.dataset.value)")]
     assert values == sorted(values)
     press("Self-influence")
     assert head.get_attribute("aria-sort") == "descending"
-    values = [float(v) for v in table.locator("td.signed").evaluate_all("cells => cells.map(c => c.dataset.value)")]
+    values = [float(v) for v in cells.evaluate_all("cells => cells.map(c => c.dataset.value)")]
     assert values == sorted(values, reverse=True)
     press("Example")
     ids = [int(text) for text in column(table, 2)]
@@ -215,6 +217,7 @@ def test_a_chart_tells_the_numbers_under_the_pointer(visit: Any) -> None:
     figure = page.locator("#chart-fidelity")
     output, step = figure.locator("output").first, figure.locator(".axis b")
     last = (output.inner_text(), step.inner_text())
+    figure.scroll_into_view_if_needed()
     box = figure.locator(".plot").bounding_box()
     page.mouse.move(box["x"] + 1, box["y"] + 20)
     assert (output.inner_text(), step.inner_text()) != last

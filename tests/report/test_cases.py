@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Subset, TensorDataset
 
-from lightning_pathkernel import ArtifactError
+from lightning_pathkernel import ArtifactError, KernelMachine
 from lightning_pathkernel.report import read_history, report_directory
 from lightning_pathkernel.report.examples import ExampleSource
 from tests.helpers import Classifier, digits
@@ -172,7 +173,13 @@ def test_a_directory_alone_has_its_metrics(written: Written, tmp_path: Path) -> 
     assert len(page.all("figure")) == 3
     assert page.one(data_metric="fidelity").one("p", class_="value").text
     assert not page.all(role="tab")
-    for text in ("{", '{"history": 1}', '{"history": [{"step": "x"}]}', '{"history": [1]}', '{"history": [{"a": true}]}'):
+    for text in (
+        "{",
+        '{"history": 1}',
+        '{"history": [{"step": "x"}]}',
+        '{"history": [1]}',
+        '{"history": [{"a": true}]}',
+    ):
         (found / "metrics.json").write_text(text)
         with pytest.raises(ArtifactError, match=r"metrics.json: malformed"):
             read_history(found)
@@ -241,7 +248,10 @@ def test_examples_that_are_not_the_training_set_are_refused(written: Written, tm
 
 def test_show_turns_examples_and_queries_into_what_is_shown(written: Written, tmp_path: Path) -> None:
     path = written.machine.report(
-        tmp_path / "r.html", written.batch[0][:1], examples=digits()[0], show=lambda image: f"ink {float(image.sum()):.3f}"
+        tmp_path / "r.html",
+        written.batch[0][:1],
+        examples=digits()[0],
+        show=lambda image: f"ink {float(image.sum()):.3f}",
     )
     panel = read(path).one(role="tabpanel")
     assert panel.all("span", class_="words")[0].text == f"ink {float(written.batch[0][0].sum()):.3f}"
@@ -268,3 +278,31 @@ def test_a_machine_without_some_examples_has_a_report_too(written: Written, tmp_
     fewer = written.machine.without(written.machine.example_ids[:100])
     page = read(fewer.report(tmp_path / "r.html", written.batch[0][:1], labels=digits()[0].tensors[1]))
     assert "24 most suspicious of 220" in page.one("section", id="suspects").text
+
+
+def test_the_machine_s_own_ranking_of_labels_is_taken(
+    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By suspicion, whatever strings the labels are; without labels by self-influence."""
+    asked: list[Tensor] = []
+
+    def label_errors(self: KernelMachine, labels: Tensor) -> SimpleNamespace:
+        asked.append(labels)
+        return SimpleNamespace(
+            example_ids=self.example_ids.flip(0), scores=torch.linspace(0.9, 0, len(self.example_ids))
+        )
+
+    monkeypatch.setattr(KernelMachine, "label_errors", label_errors, raising=False)
+    labels = [f"digit {int(y)}" for y in digits()[0].tensors[1]]
+    page = read(written.machine.report(tmp_path / "r.html", labels=labels))
+    assert torch.equal(asked[0], digits()[0].tensors[1])
+    rows = page.one("section", id="suspects").one("tbody").all("tr")
+    ids = [int(row.all("td")[1].attrs["data-value"]) for row in rows]
+    assert ids == written.machine.example_ids.flip(0)[:24].tolist()
+    assert [row.all("td")[2].text for row in rows] == [labels[i] for i in ids]
+    found = dict(zip(written.machine.example_ids.tolist(), written.machine.self_influence().tolist(), strict=True))
+    assert [float(row.all("td")[3].attrs["data-value"]) for row in rows] == pytest.approx([found[i] for i in ids])
+    assert rows[0].all("td")[4].text == "0.9000"
+    page = read(written.machine.report(tmp_path / "r.html"))
+    assert len(asked) == 1
+    assert "Suspicion" not in page.one("section", id="suspects").text
