@@ -10,7 +10,7 @@ BENCH_INSTALLED := .venv/.installed-bench
 # Where Debian's package dataset-fashion-mnist puts it.
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test test-slow lint types bench bench-quick clean
+.PHONY: demo test test-slow lint types browser bench bench-quick clean
 
 # The stamp is written last: an installation that broke off is begun again.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -18,6 +18,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	.venv/bin/pip install -c constraints.txt torch==2.13.0
 	.venv/bin/pip install -c constraints.txt -e ".[dev]"
 	touch $@
+
+# The browser in which the report is tested: from Debian, where we may install it. Without one its tests are skipped.
+browser:
+	@if command -v chromium chromium-browser google-chrome >/dev/null; then echo "Chromium is there."; \
+	elif test "$$(id -u)" = 0 && command -v apt-get >/dev/null; then \
+	  apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends chromium; \
+	else echo "No Chromium, and no right to install it: apt-get install chromium"; fi
 
 demo: $(INSTALLED)
 	$(PY) examples/digits.py

@@ -72,8 +72,8 @@ def report_directory(directory: str | Path, path: str | Path | None = None, titl
     drawn = thinned(history, MOST_ENTRIES)
     last = max([entry["step"] or 0.0 for entry in history], default=0.0)
     page = Page(
-        title, _facts(manifest), cards(history, {}), drawn, training_charts(drawn, last), None, [], 0, None, Suspects([], False), 0,
-        True, len(history),
+        title, _facts(manifest), cards(history, {}), drawn, training_charts(drawn, last), None, [], 0, None,
+        Suspects([], False), 0, True, len(history),
     )  # fmt: skip
     return _publish(Path(path) if path is not None else place.parent / "report.html", render(page))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 from pathlib import Path
@@ -33,7 +34,7 @@ def test_headings_do_not_leave_out_an_order(written: Written) -> None:
     assert orders[0] == 1
     assert orders.count(1) == 1
     assert len(orders) > 12
-    assert all(b <= a + 1 for a, b in zip(orders, orders[1:], strict=False)), orders
+    assert all(b <= a + 1 for a, b in itertools.pairwise(orders)), orders
 
 
 def test_every_reference_points_at_one_element(written: Written) -> None:
