@@ -66,7 +66,7 @@ def show_item(item: Any, columns: Sequence[str] | None = None) -> Shown:
     if isinstance(item, dict):
         return _row([str(key) for key in item], list(item.values()))
     if hasattr(item, "getbands"):  # PIL
-        item = np.asarray(item.convert("RGBA" if "A" in item.getbands() else "RGB"))
+        item = np.array(item.convert("RGBA" if "A" in item.getbands() else "RGB"))
     values = _array(item)
     if values is None or values.dim() == 0:
         return _text(str(item) if isinstance(item, int | float) or values is not None else repr(item))
@@ -86,7 +86,7 @@ def _array(item: Any) -> Tensor | None:
         return item.detach().cpu()
     if isinstance(item, np.ndarray | np.generic | list | tuple):
         try:
-            return torch.as_tensor(np.asarray(item))
+            return torch.as_tensor(np.array(item))
         except (TypeError, ValueError):
             return None
     return None
