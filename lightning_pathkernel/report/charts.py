@@ -74,13 +74,14 @@ class Chart:
     summary: str = ""
 
 
-def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About ``count`` round numbers from ``low`` to ``high``, which they may leave out at the ends."""
+def nice_ticks(low: float, high: float, count: int = 4, whole: bool = False) -> list[float]:
+    """About ``count`` round numbers (``whole`` ones) from ``low`` to ``high``, which they may leave out at the ends."""
     if not high > low:
         return [low]
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    step = max(1.0, round(step)) if whole else step
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [k * step for k in range(first, last + 1)]
 
@@ -92,8 +93,8 @@ def _tick_text(value: float, step: float) -> str:
     return plain(value, decimals) if abs(value) < 1e5 else f"{value:.0e}".replace("e+0", "e")
 
 
-def _ticks(low: float, high: float, count: int = 4) -> list[Tick]:
-    values = nice_ticks(low, high, count)
+def _ticks(low: float, high: float, whole: bool = False) -> list[Tick]:
+    values = nice_ticks(low, high, whole=whole)
     step = values[1] - values[0] if len(values) > 1 else max(abs(values[0]) if values else 1.0, 1e-8)
     return [Tick(_place(v, low, high), _tick_text(v, step)) for v in values]
 
@@ -146,7 +147,16 @@ def line_chart(
     y_ticks = _percent_ticks(low, high) if _shares(found) else _ticks(low, high)
     summary = f"{title} at {len(steps)} steps. " + " ".join(f"{line.label}: last {line.last}." for line in lines)
     return Chart(
-        key, title, meaning, lines, _ticks(0, right), y_ticks, at, [int(s) for s in steps], below=below, summary=summary
+        key,
+        title,
+        meaning,
+        lines,
+        _ticks(0, right, whole=True),
+        y_ticks,
+        at,
+        [int(s) for s in steps],
+        below=below,
+        summary=summary,
     )
 
 
@@ -191,7 +201,9 @@ def bar_chart(key: str, title: str, meaning: str, edges: Sequence[tuple[int, int
         f"{title}: {len(bars)} chords; the weights moved most between steps {edges[longest][0]} and "
         f"{edges[longest][1]}, by {percent(heights[longest])}."
     )
-    return Chart(key, title, meaning, [], _ticks(0, right), _percent_ticks(0, high), bars=bars, summary=summary)
+    return Chart(
+        key, title, meaning, [], _ticks(0, right, whole=True), _percent_ticks(0, high), bars=bars, summary=summary
+    )
 
 
 def _percent_ticks(low: float, high: float) -> list[Tick]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_pathkernel.report.numbers import MINUS
 from lightning_pathkernel.report.png import data_uri
 
 __all__ = ["Shown", "as_pixels", "show_item"]
@@ -98,7 +99,7 @@ def _text(text: str) -> Shown:
 
 
 def _row(names: Sequence[str], values: Sequence[Any]) -> Shown:
-    texts = [f"{v:.4g}" if isinstance(v, float) else str(v)[:80] for v in values[:CELLS]]
+    texts = [f"{v:.4g}".replace("-", MINUS) if isinstance(v, float) else str(v)[:80] for v in values[:CELLS]]
     return Shown("row", cells=tuple(zip(names, texts, strict=False)), left_out=max(0, len(values) - CELLS))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-__all__ = ["decimals_for", "percent", "plain", "signed"]
+__all__ = ["MINUS", "decimals_for", "percent", "plain", "signed"]
 
 MINUS = "\N{MINUS SIGN}"
 NOT_FINITE = "not finite"

@@ -108,6 +108,13 @@ def test_ticks_lie_within_their_axis(low: float, width: float) -> None:
         assert all(low - 1e-6 * width <= tick <= high + 1e-6 * width for tick in found)
 
 
+def test_steps_are_whole_numbers() -> None:
+    assert nice_ticks(0, 10) == [0, 2.5, 5, 7.5, 10]
+    assert nice_ticks(0, 10, whole=True) == [0, 2, 4, 6, 8, 10]
+    assert nice_ticks(0, 2, whole=True) == [0, 1, 2]
+    assert nice_ticks(0, 184, whole=True) == [0, 50, 100, 150]
+
+
 def test_thinning_keeps_both_ends() -> None:
     entries: list[dict[str, Any]] = [{"step": float(k)} for k in range(1000)]
     found = [entry["step"] for entry in thinned(entries, 7)]
