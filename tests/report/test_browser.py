@@ -252,3 +252,22 @@ def test_without_script_every_query_is_there(visit: Any) -> None:
     assert len(shown_panels(page)) == 6
     assert not page.locator(".tabs").is_visible()
     assert not page.locator(".theme").is_visible()
+
+
+@pytest.mark.parametrize("kind", ["text", "row"])
+def test_texts_and_table_rows_fit_a_phone(browser: Any, written: Written, tmp_path: Path, kind: str) -> None:
+    long = "Wörter und eine_sehr_lange_Zeichenkette_ohne_jede_Lücke_die_nirgends_umbrochen_werden_kann " * 2
+    items = [long if kind == "text" else {f"a column called {k}": float(k) ** 9 for k in range(20)}] * 320
+    path = written.machine.report(
+        tmp_path / "r.html", written.batch[0][:3], examples=items, query_items=items[:3], query_labels=[1, 2, 3],
+        labels=[f"a long label, {k % 3}" for k in range(320)], query_names=["a", long, "c"], top_k=2, max_suspects=3,
+    )  # fmt: skip
+    seen = Visit(browser, path, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    try:
+        assert seen.complaints == []
+        assert seen.page.evaluate("document.documentElement.scrollWidth") == 390
+        seen.page.locator("#tab-1").click()
+        assert seen.page.evaluate("document.documentElement.scrollWidth") == 390
+        assert seen.page.locator("#query-1 td.example").first.bounding_box()["width"] > 280
+    finally:
+        seen.context.close()
