@@ -87,6 +87,14 @@ def plot_fidelity(history: History, ax: Any = None) -> tuple[Any, Any]:
 
     Returns:
         Figure and axis.
+
+    Example:
+        >>> from matplotlib.figure import Figure  # in a notebook leave ax out
+        >>> from lightning_pathkernel.report import plot_fidelity
+        >>> history = [{"step": 50, "fidelity": 0.97}, {"step": 100, "fidelity": 0.99}]
+        >>> figure, ax = plot_fidelity(history, ax=Figure().subplots())
+        >>> [float(value) for value in ax.get_lines()[0].get_ydata()]
+        [0.97, 0.99]
     """
     figure, ax = _curves(history, ("fidelity", "fidelity_left", "fidelity_linearized"), "Fidelity", ax)
     low, _ = ax.get_ylim()
@@ -103,6 +111,13 @@ def plot_error_budget(history: History, ax: Any = None) -> tuple[Any, Any]:
 
     Returns:
         Figure and axis.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> from lightning_pathkernel.report import plot_error_budget
+        >>> figure, ax = plot_error_budget([{"step": 50, "error_sketch": 0.03}], ax=Figure().subplots())
+        >>> ax.get_title()
+        'Error budget'
     """
     figure, ax = _curves(history, ("error_sketch", "error_quadrature", "error_unattributed"), "Error budget", ax)
     ax.set_ylim(bottom=0)
@@ -119,6 +134,13 @@ def plot_kernel_velocity(history: History, ax: Any = None) -> tuple[Any, Any]:
 
     Returns:
         Figure and axis.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> from lightning_pathkernel.report import plot_kernel_velocity
+        >>> figure, ax = plot_kernel_velocity([{"step": 50, "kernel_velocity": 0.1}], ax=Figure().subplots())
+        >>> ax.get_xlabel()
+        'optimiser step'
     """
     figure, ax = _curves(history, ("kernel_velocity",), "Kernel velocity", ax)
     ax.set_ylim(bottom=0)
@@ -160,6 +182,19 @@ def plot_ledger(
 
     Returns:
         Figure and axis.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> from lightning_pathkernel import Explanation
+        >>> from lightning_pathkernel.report import plot_ledger
+        >>> ledger = {"initial": 0.1, "decay": -0.2, "buffers": 0.0, "examples": 4.0, "quadrature": 0.0, "sketch": 0.1,
+        ...           "unattributed": 0.0}
+        >>> ledger = {name: torch.tensor([value]) for name, value in ledger.items()}
+        >>> why = Explanation(torch.tensor([3.9]), torch.tensor([[7, 3]]), torch.tensor([[4.5, -0.5]]), ledger)
+        >>> figure, ax = plot_ledger(why, ax=Figure().subplots())
+        >>> round(float(ax.patches[-1].get_width()), 3)  # the network's output
+        4.0
     """
     figure, ax = _axis(ax, (6.4, 3.8))
     ledger = {name: float(value[query]) for name, value in explanation.ledger.items()}
@@ -204,6 +239,16 @@ def plot_examples(
 
     Returns:
         Figure and axis.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> from lightning_pathkernel import Explanation
+        >>> from lightning_pathkernel.report import plot_examples
+        >>> why = Explanation(torch.tensor([3.9]), torch.tensor([[1, 0]]), torch.tensor([[4.5, -0.5]]), {})
+        >>> figure, ax = plot_examples(why, ["a cat", "a dog"], labels=["cat", "dog"], ax=Figure().subplots())
+        >>> [text.get_text() for text in ax.get_yticklabels()]
+        ['1 (dog)', '0 (cat)']
     """
     pairs = zip(explanation.example_ids[query].tolist(), explanation.contributions[query].tolist(), strict=True)
     shown = {i: c for i, c in pairs if c}
@@ -261,6 +306,16 @@ def plot_class_heatmap(
 
     Returns:
         Figure and axis.
+
+    Example:
+        >>> import torch
+        >>> from matplotlib.figure import Figure
+        >>> from lightning_pathkernel.report import plot_class_heatmap
+        >>> contributions = torch.tensor([[2.0, 1.0, -1.0], [0.0, -1.0, 3.0]])
+        >>> target, labels = torch.tensor([0, 1]), torch.tensor([0, 0, 1])
+        >>> figure, ax = plot_class_heatmap(contributions, target, labels, ax=Figure().subplots())
+        >>> ax.images[0].get_array().tolist()
+        [[3.0, -1.0], [-1.0, 3.0]]
     """
     known = [label.item() if hasattr(label, "item") else label for label in labels]
     place = {label: k for k, label in enumerate(ordered(known))}

@@ -114,6 +114,12 @@ def read_history(directory: str | Path) -> list[dict[str, float | None]]:
 
     Raises:
         ArtifactError: If its ``metrics.json`` is malformed.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_pathkernel.report import read_history
+        >>> read_history(tempfile.mkdtemp())  # nothing was logged
+        []
     """
     path = Path(directory) / "metrics.json"
     if not path.is_file():

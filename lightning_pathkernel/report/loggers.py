@@ -25,6 +25,11 @@ def log_figures(loggers: Iterable[Any], history: History, machine: KernelMachine
 
     Returns:
         Names of the classes of those that got the figures.
+
+    Example:
+        >>> from lightning_pathkernel.report import log_figures
+        >>> log_figures([], [{"step": 50, "fidelity": 0.97}])
+        []
     """
     takers = [(logger, _kind(logger)) for logger in loggers]
     takers = [(logger, kind) for logger, kind in takers if kind]

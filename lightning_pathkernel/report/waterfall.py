@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -70,6 +71,7 @@ def waterfall(
     """
     split = positive is not None and negative is not None
     values = {**ledger, "for": ledger["examples"] if positive is None else positive, "against": negative or 0.0}
+    values = {name: value if math.isfinite(value) else math.nan for name, value in values.items()}
     running, spans = 0.0, list[tuple[str, float, float]]()
     for key in LEDGER_WORDS:
         if key == "against" and not split:
@@ -90,6 +92,8 @@ def _scale(spans: Sequence[tuple[str, float, float]]) -> tuple[float, float]:
     """Ends of the scale: where examples for and against dwarf all else, their bars are cut."""
     ends = {key: (start, end) for key, start, end in spans}
     every = [0.0, *(place for pair in ends.values() for place in pair)]
+    if not all(map(math.isfinite, every)):
+        return 0.0, 0.0
     if "against" not in ends:
         return min(every), max(every)
     rest = [0.0, ends["for"][0], ends["against"][1]]
@@ -104,5 +108,6 @@ def _step(key: str, label: str, start: float, end: float, axis: tuple[float, flo
     text = plain(value, decimals) if total else signed(value, decimals)
     shown = bool(text.strip("0.\N{MINUS SIGN}+"))
     sign = "total" if total else "zero" if not shown else "for" if value > 0 else "against"
-    left, right, place = ((min(high, each) - low) * scale for each in (min(start, end), max(start, end), end))
+    spots = (min(start, end), max(start, end), end)
+    left, right, place = ((min(high, each) - low) * scale if scale else 0.0 for each in spots)
     return Step(key, label, value, text, total, sign, left, right - left, place, max(start, end) > high)

@@ -122,6 +122,16 @@ def test_thinning_keeps_both_ends() -> None:
     assert thinned(entries[:5], 7) == entries[:5]
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_ledger_that_is_not_finite_is_written_as_such(broken: float) -> None:
+    steps, zero = waterfall({**dict.fromkeys(LEDGER_TERMS, 1.0), "sketch": broken}, 2.0, -1.0)
+    assert zero == 0
+    assert [step.text for step in steps if step.key in ("machine", "sketch", "network")] == [
+        "4.000", "not finite", "not finite"
+    ]  # fmt: skip
+    assert all(step.left == step.width == step.end == 0 for step in steps)
+
+
 @given(st.lists(st.floats(-100, 100), min_size=7, max_size=7), st.floats(0, 1e5))
 def test_every_bar_of_a_waterfall_lies_on_its_track(values: list[float], positive: float) -> None:
     ledger = dict(zip(LEDGER_TERMS, values, strict=True))
