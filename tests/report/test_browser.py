@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import sync_playwright
 
 from tests.report.conftest import Written
-
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 
 def chromium() -> str | None:
@@ -20,7 +19,7 @@ def chromium() -> str | None:
     for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"):
         if found := shutil.which(name):
             return found
-    with playwright.sync_playwright() as run:
+    with sync_playwright() as run:
         path = run.chromium.executable_path
     return path if os.path.exists(path) else None
 
@@ -31,7 +30,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as run:
+    with sync_playwright() as run:
         found = run.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield found
         found.close()
@@ -42,6 +41,7 @@ class Visit:
 
     def __init__(self, browser: Any, path: Path, **options: Any) -> None:
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+        self.context.set_default_timeout(120_000)  # two cores and a whole suite beside it
         self.page = self.context.new_page()
         self.complaints: list[str] = []
         self.requests: list[str] = []
