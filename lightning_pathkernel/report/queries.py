@@ -114,10 +114,15 @@ def query_part(
 
     Returns:
         What the page says of them.
+
+    Raises:
+        ValueError: If there is not one target, name, item or label for each query.
     """
     outputs = machine.network_outputs(x)
     chosen = outputs.argmax(1) if target is None else torch.as_tensor(target)
     count, classes = len(outputs), outputs.shape[1]
+    if chosen.shape != (count,):
+        raise ValueError(f"target must have shape ({count},), found {tuple(chosen.shape)}")
     shown = min(count, options.max_queries)
     if classes == 1 or (labels is not None and len(set(labels)) > MOST_CLASSES):
         labels = None
@@ -164,6 +169,9 @@ def _views(
     part = take_rows(x, slice(len(target)))
     why = machine.explain(part, target, options.top_k, options.output_fn, options.complete)
     items, labels = _items(part, options), _labels(x, options)
+    names = options.query_names if options.query_names is not None else [str(q) for q in range(len(target))]
+    if len(names) < len(target):
+        raise ValueError(f"query_names has {len(names)} entries for {len(target)} queries")
     views = []
     for q in range(len(target)):
         ledger = {name: float(value[q]) for name, value in why.ledger.items()}
@@ -174,8 +182,7 @@ def _views(
         label, predicted = labels[q], int(outputs[q].argmax()) if outputs.shape[1] > 1 else None
         views.append(
             QueryView(
-                q, options.query_names[q] if options.query_names is not None else str(q),
-                show_item(items[q], options.columns),
+                q, names[q], show_item(items[q], options.columns),
                 class_name(label, options.class_names),
                 plain(float(outputs[q]), decimals) if predicted is None else class_name(predicted, options.class_names),
                 None if predicted is None or label is None else predicted == label,

@@ -215,14 +215,14 @@ def test_print_is_light_without_controls_and_with_every_query(visit: Any) -> Non
 def test_a_chart_tells_the_numbers_under_the_pointer(visit: Any) -> None:
     page = visit().page
     figure = page.locator("#chart-fidelity")
-    output, step = figure.locator("output").first, figure.locator(".axis b")
+    output, step = figure.locator("[data-texts]").first, figure.locator(".axis b")
     last = (output.inner_text(), step.inner_text())
     figure.scroll_into_view_if_needed()
     box = figure.locator(".plot").bounding_box()
     page.mouse.move(box["x"] + 1, box["y"] + 20)
     assert (output.inner_text(), step.inner_text()) != last
     assert output.inner_text() == page.evaluate(
-        "JSON.parse(document.querySelector('#chart-fidelity output').dataset.texts)[0]"
+        "JSON.parse(document.querySelector('#chart-fidelity [data-texts]').dataset.texts)[0]"
     )
     page.mouse.move(0, 0)
     assert (output.inner_text(), step.inner_text()) == last

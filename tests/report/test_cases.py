@@ -242,8 +242,14 @@ def test_examples_that_are_not_the_training_set_are_refused(written: Written, tm
         ExampleSource(["x"], names={0: "a"}).look(0)
     with pytest.raises(ValueError, match="examples has no 'a'"):
         ExampleSource({"b": "x"}, names={0: "a"}).look(0)
-    with pytest.raises(ValueError, match="query_items has 1 entries for 2"):
-        written.machine.report(tmp_path / "r.html", written.batch[0][:2], query_items=["x"])
+    for wrong, message in (
+        ({"query_items": ["x"]}, "query_items has 1 entries for 2"),
+        ({"query_names": ["x"]}, "query_names has 1 entries for 2"),
+        ({"query_labels": [1]}, "query_labels has 1 entries for 2"),
+        ({"target": torch.zeros(3, dtype=torch.long)}, r"target must have shape \(2,\), found \(3,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            written.machine.report(tmp_path / "r.html", written.batch[0][:2], **wrong)
 
 
 def test_show_turns_examples_and_queries_into_what_is_shown(written: Written, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@
     const plot = figure.querySelector(".plot");
     const at = JSON.parse(plot.dataset.at);
     const cursor = plot.querySelector(".cursor");
-    const outputs = Array.from(figure.querySelectorAll("output"));
+    const outputs = Array.from(figure.querySelectorAll("[data-texts]"));
     const step = figure.querySelector(".axis b");
     const last = [outputs.map((each) => each.textContent), step.textContent];
     const leave = () => {
