@@ -6,11 +6,15 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from playwright.sync_api import sync_playwright
 
+from lightning_pathkernel import KernelMachine
+from tests.helpers import digits
 from tests.report.conftest import Written
 
 
@@ -254,13 +258,19 @@ def test_without_script_every_query_is_there(visit: Any) -> None:
     assert not page.locator(".theme").is_visible()
 
 
-@pytest.mark.parametrize("kind", ["text", "row"])
-def test_texts_and_table_rows_fit_a_phone(browser: Any, written: Written, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["text", "row", "image"])
+def test_texts_and_table_rows_and_a_ranking_of_labels_fit_a_phone(
+    browser: Any, written: Written, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranking = SimpleNamespace(example_ids=written.machine.example_ids, scores=torch.linspace(1, 0, 320))
+    monkeypatch.setattr(KernelMachine, "label_errors", lambda self, labels: ranking, raising=False)
     long = "Wörter und eine_sehr_lange_Zeichenkette_ohne_jede_Lücke_die_nirgends_umbrochen_werden_kann " * 2
     items = [long if kind == "text" else {f"a column called {k}": float(k) ** 9 for k in range(20)}] * 320
+    given = digits()[0].tensors[0] if kind == "image" else items
+    names = [f"{k % 3}" if kind == "image" else f"a long label, {k % 3}" for k in range(320)]
     path = written.machine.report(
-        tmp_path / "r.html", written.batch[0][:3], examples=items, query_items=items[:3], query_labels=[1, 2, 3],
-        labels=[f"a long label, {k % 3}" for k in range(320)], query_names=["a", long, "c"], top_k=2, max_suspects=3,
+        tmp_path / "r.html", written.batch[0][:3], examples=given, query_items=items[:3], query_labels=[1, 2, 3],
+        labels=names, query_names=["a", long, "c"], top_k=2, max_suspects=3,
     )  # fmt: skip
     seen = Visit(browser, path, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
     try:
@@ -268,6 +278,7 @@ def test_texts_and_table_rows_fit_a_phone(browser: Any, written: Written, tmp_pa
         assert seen.page.evaluate("document.documentElement.scrollWidth") == 390
         seen.page.locator("#tab-1").click()
         assert seen.page.evaluate("document.documentElement.scrollWidth") == 390
-        assert seen.page.locator("#query-1 td.example").first.bounding_box()["width"] > 280
+        assert seen.page.locator("#suspects th").count() == 5
+        assert kind == "image" or seen.page.locator("#query-1 td.example").first.bounding_box()["width"] > 280
     finally:
         seen.context.close()
