@@ -7,10 +7,11 @@ MAKEFLAGS += --no-builtin-rules
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
 BENCH_INSTALLED := .venv/.installed-bench
+DOCS_INSTALLED := .venv/.installed-docs
 # Where Debian's package dataset-fashion-mnist puts it.
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test test-slow lint types browser bench bench-quick clean
+.PHONY: demo test test-slow lint types browser docs bench bench-quick clean
 
 # The stamp is written last: an installation that broke off is begun again.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -41,6 +42,17 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(PY) -m mypy
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	.venv/bin/pip install -c constraints.txt -e ".[docs]"
+	touch $@
+
+# The site, in build/site. Its pictures are those that the examples draw: one that is not there is drawn now.
+docs: $(DOCS_INSTALLED) $(foreach name,digits diabetes text,examples/out/$(name)/explanations.png)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+examples/out/%/explanations.png: $(INSTALLED)
+	test -f $@ || $(PY) examples/$*.py
 
 $(BENCH_INSTALLED): $(INSTALLED)
 	.venv/bin/pip install -c constraints.txt -e ".[bench]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ from lightning_pathkernel.network import ForwardFn
 from lightning_pathkernel.optim import UnsupportedOptimizerError
 from lightning_pathkernel.sketch import SKETCHES
 from lightning_pathkernel.trainer_checks import FitError, check_trainer
+from lightning_pathkernel.uploads import upload_machine
 
 __all__ = ["PathKernelCallback"]
 
@@ -62,6 +64,9 @@ class PathKernelCallback(_Callback):
             whose gradient cannot be split), or ``allow`` it: then it goes to the ledger's ``unattributed`` term.
         positions: Record every position of a sequence (token) as a row of its own: the number of positions that all
             examples have. Position j of example i has the id ``i * positions + j``. 0 for whole examples.
+        log_artifact: Upload the exported machine through the Trainer's loggers when fitting ends: as an artifact by
+            `WandbLogger` and `MLFlowLogger`; `TensorBoardLogger`, which keeps no files, gets the machine's card as
+            text. A logger that takes none, and an upload that fails, is a warning that names it.
         tolerance: Drift at which a chord ends; None for a schedule, dense in early training. The drift is a number
             without unit: the relative displacement of the weights since the node, ``|w - w_a| / |w_a|``, root mean
             square over the weight matrices, together with a tenth of the relative change of Adam's preconditioner.
@@ -93,6 +98,7 @@ class PathKernelCallback(_Callback):
         unattributed: str = "refuse",
         positions: int = 0,
         tolerance: float | None = None,
+        log_artifact: bool = False,
         log_figures: bool = False,
     ) -> None:
         for name, value in (("sketch_dim", sketch_dim), ("nodes", nodes)):
@@ -122,6 +128,7 @@ class PathKernelCallback(_Callback):
         self.unattributed = unattributed
         self.positions = positions
         self.tolerance = tolerance
+        self.log_artifact = log_artifact
         self.log_figures = log_figures
         self.machine_dir: Path | None = None
         self.recording_dir: Path | None = None
@@ -228,6 +235,16 @@ class PathKernelCallback(_Callback):
             if self.log_figures and trainer.is_global_zero:
                 self._log_figures(trainer, pl_module, self._session.history)
             self._release(trainer)
+            if self.log_artifact and trainer.is_global_zero:
+                self._upload(trainer)
+
+    def _upload(self, trainer: pl.Trainer) -> None:
+        """Nothing is uploaded where there is no machine: nothing was learned, or ``export=False``."""
+        if self.machine_dir is None or not (self.machine_dir / "manifest.json").is_file():
+            warnings.warn("PathKernelCallback: log_artifact=True, but no machine was exported.", stacklevel=2)
+            return
+        for told in upload_machine(self.machine_dir, trainer.loggers, trainer.global_step):
+            rank_zero_info(f"PathKernelCallback: machine uploaded by {told}.")
 
     def _log_figures(self, trainer: pl.Trainer, module: pl.LightningModule, history: list[dict[str, float]]) -> None:
         from lightning_pathkernel.machine import KernelMachine

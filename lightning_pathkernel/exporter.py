@@ -9,21 +9,17 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-import torch
 from torch import nn
 
+from lightning_pathkernel.artifact_writer import METRICS, README, publish_artifact, seal, write_text
 from lightning_pathkernel.chord_io import chord_name, merged_chord
-from lightning_pathkernel.fingerprint import CONSTANTS, constants, describe_module
+from lightning_pathkernel.fingerprint import constants, describe_module
 from lightning_pathkernel.packed_io import Node, write_packed
 from lightning_pathkernel.store import (
-    FORMAT,
-    FORMAT_VERSION,
-    MANIFEST,
+    CONSTANTS,
     ArtifactError,
-    file_table,
-    fsync_directory,
     publish,
     publish_json,
     publish_tensors,
@@ -33,7 +29,6 @@ from lightning_pathkernel.store import (
 __all__ = ["RECORDING", "KernelMachineExporter", "open_recording", "record_metrics"]
 
 RECORDING = "recording.json"
-METRICS = "metrics.json"
 
 
 def open_recording(directory: Path, module: nn.Module, facts: Mapping[str, Any]) -> None:
@@ -90,17 +85,22 @@ class KernelMachineExporter:
             raise ArtifactError(f"{self.directory}: {min(set(expected) - set(found))} is missing from the recording")
         return found
 
-    def export(self, out_dir: str | Path, row_bits: int = 16) -> Path:
+    @overload
+    def export(self, out_dir: Path, row_bits: int = 16) -> Path: ...
+    @overload
+    def export(self, out_dir: str, row_bits: int = 16) -> str | Path: ...
+    def export(self, out_dir: str | Path, row_bits: int = 16) -> str | Path:
         """Write the artifact.
 
         Args:
-            out_dir: Where it is to be; it must not exist or be an empty directory.
+            out_dir: Where it is to be: a directory that does not exist or is empty, or an fsspec URL (``s3://``,
+                ``gs://``, ``hf://``, ``memory://``) under which there is nothing. Readers see all of it or nothing.
             row_bits: Bits of each number kept of an example: 16, or 8 for half the bytes and a coarser split among the
                 examples; their sum stays either way (docs/benchmarks.md). A run in double precision keeps its numbers
                 as they are.
 
         Returns:
-            ``out_dir``.
+            ``out_dir``, a directory as a path.
 
         Raises:
             ArtifactError: If the recording is incomplete.
@@ -111,23 +111,9 @@ class KernelMachineExporter:
             raise ValueError(f"row_bits must be 8 or 16, found {row_bits}")
         if not (self.directory / CONSTANTS).is_file():
             raise ArtifactError(f"{self.directory}: {CONSTANTS} is missing from the recording")
-        out = Path(out_dir)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise FileExistsError(f"{out} exists and is not empty: choose another place for the machine")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staged = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            self._stage(staged, row_bits)
-            if out.exists():
-                out.rmdir()
-            staged.rename(out)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
-        fsync_directory(out.parent)
-        return out
+        return publish_artifact(out_dir, lambda staged: self._stage(staged, row_bits))
 
     def _stage(self, staged: Path, row_bits: int) -> None:
-        staged.mkdir()
         ranks = int(self.facts.get("ranks", 1))
         node: Node | None = None
         learning: list[str] = []
@@ -147,22 +133,11 @@ class KernelMachineExporter:
             publish_tensors(staged / CONSTANTS, kept, {"format": "pt"})
         else:
             _place(self.directory / CONSTANTS, staged / CONSTANTS)
-        for name in [*([METRICS] if (self.directory / METRICS).is_file() else [])]:
-            _place(self.directory / name, staged / name)
-        publish(staged / "README.md", lambda path: _write(path, self._card()))
-        manifest = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "required_features": [],
-            "chords": self.chords,
-            "files": file_table(staged),
-            "module": module,
-            "optimizer": self.facts["optimizer"],
-            "settings": self.facts["settings"],
-            "ids": self.facts.get("ids"),
-            "libraries": {"torch": torch.__version__},
-        }
-        publish_json(staged / MANIFEST, manifest)
+        if (self.directory / METRICS).is_file():
+            _place(self.directory / METRICS, staged / METRICS)
+        write_text(staged / README, self._card())
+        facts = {"optimizer": self.facts["optimizer"], "settings": self.facts["settings"], "ids": self.facts.get("ids")}
+        seal(staged, {**facts, "chords": self.chords, "module": module})
 
     def _card(self) -> str:
         lines = [
@@ -192,10 +167,6 @@ def _read_facts(path: Path) -> dict[str, Any]:
     if not isinstance(facts, dict) or missing:
         raise ArtifactError(f"{path.name}: malformed: {', '.join(sorted(missing)) or 'no table'} missing")
     return facts
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _place(source: Path, target: Path) -> None:

@@ -158,7 +158,7 @@ def plot_path(machine: KernelMachine, ax: Any = None) -> tuple[Any, Any]:
         Figure and axis.
     """
     figure, ax = _axis(ax)
-    rows = chord_rows(machine.chords)
+    rows = chord_rows(machine.path)
     ax.bar(
         [row.first for row in rows], [100 * row.displacement for row in rows],
         [max(row.last - row.first, 0.3) for row in rows], align="edge", color=ACCENT, edgecolor="white", linewidth=0.6,

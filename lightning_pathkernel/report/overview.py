@@ -18,7 +18,7 @@ from lightning_pathkernel.report.numbers import decimals_for, percent, plain, si
 from lightning_pathkernel.report.options import ReportOptions
 
 if TYPE_CHECKING:
-    from lightning_pathkernel.chord import Chord
+    from lightning_pathkernel.chord_path import ChordPath, PathChord
     from lightning_pathkernel.machine import KernelMachine
 
 __all__ = [
@@ -120,15 +120,19 @@ class ChordRow:
         return plain(self.learning_time, decimals_for([self.learning_time]))
 
 
-def chord_rows(chords: Sequence[Chord]) -> list[ChordRow]:
+def chord_rows(chords: ChordPath) -> list[ChordRow]:
     """What the page says of the path."""
     return [
-        ChordRow(k + 1, c.first_step, c.last_step, float(c.learning_time), _displacement(c), len(c.example_ids))
+        ChordRow(k + 1, c.first_step, c.last_step, float(c.learning_time), _displacement(c), _visited(c))
         for k, c in enumerate(chords)
     ]
 
 
-def _displacement(chord: Chord) -> float:
+def _visited(chord: PathChord) -> int:
+    return sum(len(ids) for ids, _ in chord.examples.influences())
+
+
+def _displacement(chord: PathChord) -> float:
     moved = sum(float(d.double().square().sum()) for d in chord.delta.values())
     weights = sum(float(w.double().square().sum()) for w in chord.start.values())
     return float((moved / weights) ** 0.5) if weights else 0.0

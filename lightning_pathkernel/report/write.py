@@ -46,7 +46,7 @@ def write_report(
         ValueError: If the examples given lack one that the machine was trained on, or an option is out of range.
     """
     chosen = ReportOptions(**options)
-    manifest = read_manifest(machine.directory) if machine.directory is not None else {}
+    manifest = read_manifest(machine.directory).contents if machine.directory is not None else {}
     history = chosen.history
     if history is None:
         history = read_history(machine.directory) if machine.directory is not None else []
@@ -68,7 +68,7 @@ def report_directory(directory: str | Path, path: str | Path | None = None, titl
         ArtifactError: If there is no artifact, or it is damaged.
     """
     place = Path(directory)
-    manifest, history = read_manifest(place), read_history(place)
+    manifest, history = read_manifest(place).contents, read_history(place)
     drawn = thinned(history, MOST_ENTRIES)
     last = max([entry["step"] or 0.0 for entry in history], default=0.0)
     page = Page(
@@ -88,7 +88,7 @@ def _page(
     )
     labels = source.label_vector(machine.example_ids)
     queries = None if x is None else query_part(machine, x, target, source, labels, options)
-    rows = chord_rows(machine.chords)
+    rows = chord_rows(machine.path)
     count, drawn = len(machine.example_ids), thinned(history, MOST_ENTRIES)
     facts = {
         **_facts(manifest),
