@@ -96,6 +96,11 @@ class KernelMachine(Workshop):
         machine._manifest = manifest
         return machine
 
+    @property
+    def directory(self) -> Path | None:
+        """Where the artifact is that the machine was loaded from; None for a machine that was not loaded."""
+        return None if self._manifest is None else self._manifest.directory
+
     def save(self, path: str | Path) -> str | Path:
         """Write the machine as an artifact again, as it is now: examples that `without` took out are gone from it.
 

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 from lightning_pathkernel import query
 from lightning_pathkernel.capture import plan_capture
+from lightning_pathkernel.chord_path import HeldPath
 from lightning_pathkernel.network import Network
 from lightning_pathkernel.path import gauss_legendre
+from lightning_pathkernel.ranking import all_contributions
 from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
 from lightning_pathkernel.sketch import SketchSettings
 from tests.helpers import recorded_step

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from lightning_pathkernel import query
 from lightning_pathkernel.capture import plan_capture
 from lightning_pathkernel.chord import Chord
+from lightning_pathkernel.chord_path import HeldPath
 from lightning_pathkernel.network import Network
 from lightning_pathkernel.path import gauss_legendre
+from lightning_pathkernel.ranking import all_contributions
 from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
 from lightning_pathkernel.recording import open_chord
 from lightning_pathkernel.reference import ReferenceAdam, ReferencePathKernel, ReferenceSGD
