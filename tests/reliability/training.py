@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch._decomp.decompositions_for_jvp  # forward mode loads it late: every child would do that anew
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
@@ -27,6 +28,7 @@ __all__ = ["EXPORTING", "RESTORING", "TRAINING", "checkpoints", "learner", "trai
 
 STARTING, RESTORING, TRAINING, EXPORTING, DONE = range(5)
 PHASES = ("starting", "restoring", "training", "exporting", "done")
+DIGITS = digits()
 EXAMPLES, BATCH, EPOCHS, CHECKPOINT = 96, 12, 2, 3
 
 
@@ -81,6 +83,19 @@ class Watch(pl.Callback):
         self.phase.value = EXPORTING
 
 
+class Checkpoint(ModelCheckpoint):
+    """Says when a checkpoint is written."""
+
+    def __init__(self, told: Callable[[Path], None] | None, **options: Any) -> None:
+        super().__init__(**options)
+        self.told = told
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        if self.told is not None:
+            self.told(Path(filepath))
+
+
 def learner() -> Learner:
     """The network before training."""
     return Learner(Order(EXAMPLES, 0, 1))
@@ -93,7 +108,7 @@ def checkpoints(root: Path) -> list[Path]:
 
 def train(
     root: Path, resume: Path | None = None, phase: Phase | None = None, rank: int = 0, ranks: int = 1, port: int = 0,
-    **options: Any,
+    on_checkpoint: Callable[[Path], None] | None = None, **options: Any,
 ) -> dict[str, list[float]]:  # fmt: skip
     """Train, from the beginning or from a checkpoint, recorded and exported under ``root``.
 
@@ -104,6 +119,7 @@ def train(
         rank: This process.
         ranks: Number of processes.
         port: Where the first of several processes listens.
+        on_checkpoint: Told of every checkpoint once it is written.
         options: Of the callback.
 
     Returns:
@@ -115,11 +131,12 @@ def train(
     if ranks > 1:
         os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(ranks))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    training, validation = digits()
+    training, validation = DIGITS
     pl.seed_everything(7, verbose=False)
     module = Learner(Order(EXAMPLES, rank, ranks))
-    keep = ModelCheckpoint(
-        root / "checkpoints", "{step}", every_n_train_steps=CHECKPOINT, save_top_k=-1, save_on_train_epoch_end=False
+    keep = Checkpoint(
+        on_checkpoint,
+        dirpath=root / "checkpoints", filename="{step}", every_n_train_steps=CHECKPOINT, save_top_k=-1, save_on_train_epoch_end=False
     )
     kernel = PathKernelCallback(str(root / "run"), **{"sketch_dim": 16, "nodes": 4, "probes": 8, **options})
     trainer = pl.Trainer(
