@@ -81,8 +81,7 @@ class _Fits:
         self.expected = tree(root / "reference" / "run")
         replayed = replay(self.log)
         seen = {n: c for n, c in replayed.files().items() if not n.endswith("/")}
-        there = {str(p.relative_to(root / "reference" / "run")): p.read_bytes()
-                 for p in (root / "reference" / "run").rglob("*") if p.is_file()}  # fmt: skip
+        there = _contents(root / "reference" / "run")
         if seen != there:
             raise RuntimeError(f"something went past the shim: {sorted(seen.items() ^ there.items())[:1]}")
         operations = [op for op in self.log if op.kind != "mark"]
@@ -266,7 +265,7 @@ def crashes(root: Path, count: int | None, seed: int, resumed: int = 20) -> Faul
         resumed: After how many of them the run is resumed and compared with the undisturbed one.
     """
     fits, rng = _Fits(root), random.Random(seed)
-    expected = {n: p for n, p in _contents(root / "reference" / "run").items()}
+    expected = _contents(root / "reference" / "run")
     moments = [(number, kept) for number in range(len(fits.log) + 1) for kept in KEPT]
     chosen = set(moments if count is None else rng.sample(moments, min(count, len(moments))))
     resuming = set(rng.sample(sorted(chosen), min(resumed, len(chosen))))

@@ -149,8 +149,6 @@ class Child:
         os.kill(self.pid, signal.SIGKILL)
 
 
-def forked(
-    work: Callable[[], Any], timeout: float = 120.0, memory: int | None = None, quiet: bool = True
-) -> Ended:
+def forked(work: Callable[[], Any], timeout: float = 120.0, memory: int | None = None, quiet: bool = True) -> Ended:
     """Do something in a child and wait for it; arguments as in `Child`."""
     return Child(work, memory, quiet).wait(timeout)

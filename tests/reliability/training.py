@@ -15,7 +15,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch._decomp.decompositions_for_jvp  # forward mode loads it late: every child would do that anew
+import torch._decomp.decompositions_for_jvp  # noqa: F401  forward mode loads it late: in every child anew
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
@@ -135,9 +135,9 @@ def train(
     pl.seed_everything(7, verbose=False)
     module = Learner(Order(EXAMPLES, rank, ranks))
     keep = Checkpoint(
-        on_checkpoint,
-        dirpath=root / "checkpoints", filename="{step}", every_n_train_steps=CHECKPOINT, save_top_k=-1, save_on_train_epoch_end=False
-    )
+        on_checkpoint, dirpath=root / "checkpoints", filename="{step}", every_n_train_steps=CHECKPOINT, save_top_k=-1,
+        save_on_train_epoch_end=False,
+    )  # fmt: skip
     kernel = PathKernelCallback(str(root / "run"), **{"sketch_dim": 16, "nodes": 4, "probes": 8, **options})
     trainer = pl.Trainer(
         max_epochs=EPOCHS, accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", logger=False,
@@ -149,4 +149,5 @@ def train(
     trainer.fit(module, loader, DataLoader(small, 16), ckpt_path=None if resume is None else str(resume))
     if phase is not None:
         phase.value = DONE
-    return {name: [float(t.double().sum()), float(t.double().square().sum())] for name, t in module.state_dict().items()}
+    state = {name: value.double() for name, value in module.state_dict().items()}
+    return {name: [float(value.sum()), float(value.square().sum())] for name, value in state.items()}
