@@ -1,8 +1,8 @@
 """Flipped bits and cut files, one at a time: found by `verify`, and never answered from.
 
 Of an artifact, `verify` has to name the file. A machine loaded from it either refuses, at the latest when it is asked,
-or gives the answers of the undamaged one to the last bit. Of a recording, export is what checks: it refuses, or gives the
-undamaged artifact.
+or gives the answers of the undamaged one to the last bit. Of a recording, export is what checks: it refuses, or gives
+the undamaged artifact.
 """
 
 from __future__ import annotations
