@@ -29,7 +29,7 @@ FORBIDDEN = (
     "os.link", "os.symlink", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.chown", "os.truncate",
     "shutil.rmtree", "shutil.copyfile", "shutil.move", "tempfile.mkstemp", "tempfile.mkdtemp",
 )  # fmt: skip
-"""Events that have no place in reading an artifact. `import` and `exec` are allowed where Python's own files do them."""
+"""Events that have no place in reading an artifact; imports that stand in a library's own code are let pass."""
 
 _OWN = tuple(
     {os.path.realpath(path) + "/" for path in (*sysconfig.get_paths().values(), sys.prefix, sys.base_prefix) if path}

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Child", "Ended", "Phase", "forked"]
+__all__ = ["Child", "Ended", "Phase", "forked", "measured"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,26 @@ def _peak() -> int:
 def _reset_peak() -> None:
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
+
+
+def measured(work: Callable[[], Any]) -> tuple[Exception | None, float, int]:
+    """Do something.
+
+    Args:
+        work: What.
+
+    Returns:
+        The exception that it raised, seconds of this process's own time, and bytes by which its resident memory grew at
+        most meanwhile.
+    """
+    error = None
+    _reset_peak()
+    before, started = _peak(), time.process_time()
+    try:
+        work()
+    except Exception as raised:
+        error = raised
+    return error, time.process_time() - started, _peak() - before
 
 
 class Child:
