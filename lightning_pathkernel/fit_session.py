@@ -38,6 +38,7 @@ from lightning_pathkernel.trainer_checks import (
     loss_scaler,
     output_directory,
     rounding_of,
+    skipped_validation,
     thaws_later,
     training_nodes,
     unused,
@@ -152,6 +153,8 @@ class FitSession:
                 self._tracker.restore(state["tracker"])
             self._ids.restore(state["ids"], names)
             self.history = [dict(entry) for entry in state["history"]]
+            if self.recorder.steps and skipped_validation(trainer):
+                self.metrics()
         except BaseException:
             self.store.close()
             raise

@@ -18,6 +18,7 @@ __all__ = [
     "loss_scaler",
     "output_directory",
     "rounding_of",
+    "skipped_validation",
     "thaws_later",
     "training_nodes",
     "unused",
@@ -96,6 +97,27 @@ def check_begin(trainer: Any, resumes: bool = False) -> None:
         )
     if not trainer.optimizers:
         raise FitError("PathKernelCallback needs an optimiser: configure_optimizers returned none.")
+
+
+def skipped_validation(trainer: Any) -> bool:
+    """Whether a validation was due when the checkpoint was written that a fit resumes from: Lightning leaves it out.
+
+    Args:
+        trainer: The Trainer, in ``on_train_start``.
+
+    Returns:
+        Whether the checkpoint was written at the end of a batch after which a validation was to come.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if not loop.restarted_on_train_batch_end or not trainer.enable_validation:
+        return False
+    every, progress, interval = trainer.check_val_every_n_epoch, loop.batch_progress, trainer.val_check_batch
+    if every is not None and trainer.fit_loop.epoch_progress.current.ready % every:
+        return False
+    if interval is None or interval == float("inf"):
+        return bool(progress.is_last_batch)
+    done = progress.total.ready if every is None else progress.current.ready
+    return bool(done % interval == 0)
 
 
 def within_batch(trainer: Any) -> bool:
