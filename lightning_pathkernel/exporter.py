@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import secrets
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from lightning_pathkernel.chord_io import chord_name, merged_chord
-from lightning_pathkernel.fingerprint import CONSTANTS, constants, describe_module
+from lightning_pathkernel.chord import Chord
+from lightning_pathkernel.chord_io import chord_name
+from lightning_pathkernel.fingerprint import CONSTANTS
 from lightning_pathkernel.packed_io import Node, write_packed
+from lightning_pathkernel.recording_reader import Recording
 from lightning_pathkernel.store import (
     FORMAT,
     FORMAT_VERSION,
@@ -27,40 +25,11 @@ from lightning_pathkernel.store import (
     publish,
     publish_json,
     publish_tensors,
-    read_tensors,
 )
 
-__all__ = ["RECORDING", "KernelMachineExporter", "open_recording", "record_metrics"]
+__all__ = ["KernelMachineExporter"]
 
-RECORDING = "recording.json"
 METRICS = "metrics.json"
-
-
-def open_recording(directory: Path, module: nn.Module, facts: Mapping[str, Any]) -> None:
-    """Begin a recording: what is recorded of which module, and the state that training will not move.
-
-    Args:
-        directory: Where; made if missing, and refused if a recording is there.
-        module: The network, before its first step.
-        facts: JSON-able description of the run.
-
-    Raises:
-        FileExistsError: If a recording is there already.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    publish_json(directory / RECORDING, {"module": describe_module(module), **facts})
-    publish_tensors(directory / CONSTANTS, constants(module), {"format": "pt"})
-
-
-def record_metrics(directory: Path, history: list[dict[str, float]]) -> None:
-    """Publish the metrics that were logged, epoch by epoch; a newer history replaces an older one.
-
-    What is not finite (the network's outputs overflowed) is published as null, which strict JSON has.
-    """
-    finite = [{name: v if math.isfinite(v) else None for name, v in entry.items()} for entry in history]
-    path = directory / METRICS
-    staged = publish_json(directory / f"{METRICS}.{secrets.token_hex(4)}", {"history": finite})
-    os.replace(staged, path)
 
 
 class KernelMachineExporter:
@@ -70,25 +39,13 @@ class KernelMachineExporter:
         recording_dir: The recording's directory.
 
     Raises:
-        ArtifactError: If there is no recording, or it has no closed chord.
+        ArtifactError: If there is no recording, or a part of it is missing.
     """
 
     def __init__(self, recording_dir: str | Path) -> None:
         self.directory = Path(recording_dir)
-        path = self.directory / RECORDING
-        if not path.is_file():
-            raise ArtifactError(f"{self.directory} is not a recording: it has no {RECORDING}")
-        self.facts = _read_facts(path)
-        self.chords = self._find_chords()
-
-    def _find_chords(self) -> list[str]:
-        found = sorted(p.name for p in self.directory.glob("chord-*.safetensors"))
-        expected = [chord_name(i) for i in range(len(found))]
-        if not found:
-            raise ArtifactError(f"{self.directory} has no closed chord yet: nothing was learned that could be exported")
-        if found != expected:
-            raise ArtifactError(f"{self.directory}: {min(set(expected) - set(found))} is missing from the recording")
-        return found
+        self.recording = Recording(self.directory)
+        self.facts = self.recording.facts
 
     def export(self, out_dir: str | Path, row_bits: int = 16) -> Path:
         """Write the artifact.
@@ -103,14 +60,12 @@ class KernelMachineExporter:
             ``out_dir``.
 
         Raises:
-            ArtifactError: If the recording is incomplete.
+            ArtifactError: If the recording is damaged, or nothing in it was learned yet.
             FileExistsError: If there is something at ``out_dir``; nothing is overwritten.
             ValueError: If ``row_bits`` is neither 8 nor 16.
         """
         if row_bits not in (8, 16):
             raise ValueError(f"row_bits must be 8 or 16, found {row_bits}")
-        if not (self.directory / CONSTANTS).is_file():
-            raise ArtifactError(f"{self.directory}: {CONSTANTS} is missing from the recording")
         out = Path(out_dir)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise FileExistsError(f"{out} exists and is not empty: choose another place for the machine")
@@ -128,33 +83,30 @@ class KernelMachineExporter:
 
     def _stage(self, staged: Path, row_bits: int) -> None:
         staged.mkdir()
-        ranks = int(self.facts.get("ranks", 1))
+        constants: dict[str, Tensor] = {}
         node: Node | None = None
-        learning: list[str] = []
-        for index in range(len(self.chords)):
-            chord = merged_chord(self.directory, index, ranks)
-            learning = list(chord.start)
-            node = write_packed(staged, chord, node, index == len(self.chords) - 1, row_bits)
-        module: dict[str, Any] = self.facts["module"]
-        thawed: list[str] = []
-        for name in learning:
-            if not module["parameters"][name]["trainable"]:
-                thawed.append(name)
-                module["parameters"][name]["trainable"] = True
-        if thawed:
-            values, _ = read_tensors(self.directory / CONSTANTS)
-            kept = {name: value for name, value in values.items() if name not in thawed}
-            publish_tensors(staged / CONSTANTS, kept, {"format": "pt"})
-        else:
-            _place(self.directory / CONSTANTS, staged / CONSTANTS)
-        for name in [*([METRICS] if (self.directory / METRICS).is_file() else [])]:
-            _place(self.directory / name, staged / name)
-        publish(staged / "README.md", lambda path: _write(path, self._card()))
+        names: list[str] = []
+        before: Chord | None = None
+        for chord in self.recording.chords(constants):
+            if before is not None:
+                node = write_packed(staged, before, node, False, row_bits)
+            names.append(chord_name(chord.index))
+            before = chord
+        if before is None:
+            raise ArtifactError(f"{self.directory} has no closed chord yet: nothing was learned that could be exported")
+        write_packed(staged, before, node, True, row_bits)
+        history = self.recording.history()
+        module = self._module(before, constants)
+        publish_tensors(staged / CONSTANTS, constants, {"format": "pt"})
+        if history:
+            publish_json(staged / METRICS, {"history": history})
+        names = [chord_name(i) for i in range(len(names))]
+        publish(staged / "README.md", lambda path: _write(path, self._card(len(names), history)))
         manifest = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
             "required_features": [],
-            "chords": self.chords,
+            "chords": names,
             "files": file_table(staged),
             "module": module,
             "optimizer": self.facts["optimizer"],
@@ -164,16 +116,23 @@ class KernelMachineExporter:
         }
         publish_json(staged / MANIFEST, manifest)
 
-    def _card(self) -> str:
+    def _module(self, last: Chord, constants: dict[str, Tensor]) -> dict[str, Any]:
+        """What is said of the module; parameters that began to learn during the fit are no constants."""
+        module: dict[str, Any] = dict(self.facts["module"])
+        parameters = {name: dict(facts) for name, facts in module["parameters"].items()}
+        for name in last.start:
+            parameters[name]["trainable"] = True
+            constants.pop(name, None)
+        return {**module, "parameters": parameters}
+
+    def _card(self, chords: int, history: list[dict[str, Any]]) -> str:
         lines = [
             "# Kernel machine",
             "",
             f"Path kernel of a {self.facts['module_class']} trained with {self.facts['optimizer']['name']}: "
-            f"{len(self.chords)} chords, at most {self.facts['settings']['sketch_dim']} numbers per example and chord.",
+            f"{chords} chords, at most {self.facts['settings']['sketch_dim']} numbers per example and chord.",
             "",
         ]
-        path = self.directory / METRICS
-        history = json.loads(path.read_text(encoding="utf-8"))["history"] if path.is_file() else []
         if history:
             lines += ["Last logged on the validation probes:", "", "| metric | value |", "|---|---|"]
             shown = ((name, "not finite" if value is None else f"{value:.6g}") for name, value in history[-1].items())
@@ -183,28 +142,5 @@ class KernelMachineExporter:
         return "\n".join([*lines, "", "Load it with `lightning_pathkernel.KernelMachine.load(directory, module)`.", ""])
 
 
-def _read_facts(path: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"module", "module_class", "optimizer", "settings"} - set(facts)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ArtifactError(f"{path.name}: malformed: {error!r}") from error
-    if not isinstance(facts, dict) or missing:
-        raise ArtifactError(f"{path.name}: malformed: {', '.join(sorted(missing)) or 'no table'} missing")
-    return facts
-
-
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def _place(source: Path, target: Path) -> None:
-    """Hard link where the file system can, copy otherwise: both are immutable once published."""
-    try:
-        os.link(source, target)
-    except OSError:
-        publish(target, lambda temporary: _copy(source, temporary))
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)

@@ -9,7 +9,9 @@ optimisers, and steps that an optimiser skips need no more than that.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ from lightning_pathkernel.recording.nodes import Nodes
 from lightning_pathkernel.recording.open_chord import OpenChord
 from lightning_pathkernel.recording.ranks import Ranks
 from lightning_pathkernel.recording.rows import StepRows
+from lightning_pathkernel.recording.saved import RecorderParts
 from lightning_pathkernel.recording.settings import RecorderSettings
 
 __all__ = ["NonFiniteError", "PathRecorder", "RecorderSettings"]
@@ -87,6 +90,43 @@ class PathRecorder:
         self._chord = OpenChord(network, self._ranks)
         self._due = False
         self._nodes = Nodes(settings.nodes, self._ranks)
+        self._waited = self._within = False
+        self._parts = RecorderParts(network, self._chord, self._optimizers, self._fitter, self._nodes)
+
+    # going on later
+
+    def state(self, again: bool = False) -> dict[str, Any]:
+        """All that a recorder needs to go on from here, as plain values and tensors that the next step changes.
+
+        Args:
+            again: The batch in progress will be run again.
+
+        Returns:
+            The state. ``broken`` says why nothing can go on from it, where that is so.
+        """
+        broken = None
+        if again and self._waited:
+            broken = "it was saved within a batch while gradients of earlier batches waited for their step"
+        if self._within:
+            broken = "it was saved within an optimiser's step"
+        state = self._parts.state(again, self.settings.manual)
+        return {"steps": self.steps, "due": self._due, "broken": broken, **state}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of a recorder with the same settings; weights and optimisers are as they were then."""
+        self.steps, self._due = int(state["steps"]), bool(state["due"])
+        self._parts.restore(state)
+
+    @property
+    def within(self) -> bool:
+        """Whether a step is being taken in at this moment: an interrupt has left it half done."""
+        return self._within
+
+    def abandon_batch(self) -> None:
+        """The batch in progress is not gone on with."""
+        self.end_batch()
+        for optimizer in self._optimizers:
+            optimizer.abandon()
 
     # one batch
 
@@ -96,6 +136,8 @@ class PathRecorder:
         Args:
             ids: Its examples, ``[n]``; or, where several loaders feed it, each one's examples and part of the batch.
         """
+        every = self.settings.manual
+        self._waited = any(each.fresh() or (every and each.parts) for each in self._optimizers)
         self._groups, groups = row_groups(ids, self.settings.positions)
         self.capture.begin(groups)
 
@@ -218,6 +260,11 @@ class PathRecorder:
         followed = self._followed(optimizer)
         if not followed.prepared:
             raise CaptureError(past(self.steps))
+        self._within = True
+        self._take_in(followed)
+        self._within = False
+
+    def _take_in(self, followed: FollowedOptimizer) -> None:
         if followed.received:
             self._record(followed, followed.received)
         followed.prepared, followed.received = False, {}
@@ -320,7 +367,8 @@ class PathRecorder:
                 self._on_chord(remainder)
 
     def _close(self) -> None:
-        chord = self._snapshot(influences=True)
+        self._settle()
+        chord = self._chord.snapshot(self.steps, influences=True)
         if chord is None:
             return
         for name, value in chord.delta.items():
@@ -335,11 +383,10 @@ class PathRecorder:
 
     def snapshot(self) -> Chord | None:
         """The open chord as if it ended here, with first-stage rows; None where nothing was learned since its node."""
-        return self._snapshot(influences=False)
-
-    def _snapshot(self, influences: bool) -> Chord | None:
-        self._settle()
-        return self._chord.snapshot(self.steps, influences)
+        with ExitStack() as stack:
+            for optimizer in self._optimizers:
+                stack.enter_context(optimizer.updates.settled(self._chord.displacement))
+            return self._chord.snapshot(self.steps)
 
     def _settle(self) -> None:
         for optimizer in self._optimizers:

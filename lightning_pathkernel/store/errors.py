@@ -2,8 +2,36 @@
 
 from __future__ import annotations
 
-__all__ = ["ArtifactError"]
+import errno
+from pathlib import Path
+
+__all__ = ["ArtifactError", "StoreError"]
 
 
 class ArtifactError(RuntimeError):
     """A recording or an artifact is damaged, incomplete, of another format, or of another model."""
+
+
+class StoreError(OSError):
+    """A recording could not be written; what was written before is there and exportable."""
+
+    @classmethod
+    def of(cls, error: BaseException, directory: Path, segments: int) -> StoreError:
+        """The error to raise for another one.
+
+        Args:
+            error: What went wrong.
+            directory: Of the segments.
+            segments: How many of them were written before.
+
+        Returns:
+            The error, with its cause and its number.
+        """
+        number = getattr(error, "errno", None) or errno.EIO
+        made = cls(
+            number,
+            f"the recording could not be written on: {error}. {segments} segments are safe in {directory}; make room, "
+            "and resume from a checkpoint, or export what is there with KernelMachineExporter(recording).export(out)",
+        )
+        made.__cause__ = error
+        return made
