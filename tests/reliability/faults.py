@@ -25,7 +25,7 @@ from tests.reliability.crash import KEPT, Disk, written
 from tests.reliability.forks import Ended, forked
 from tests.reliability.shim import FAULTS, Operation, Shim
 from tests.reliability.training import checkpoints, train
-from tests.reliability.trees import differences, tree
+from tests.reliability.trees import differences, final, torn, tree
 
 __all__ = ["FaultReport", "crashes", "exporting", "recording", "stopping"]
 
@@ -124,15 +124,10 @@ def _clear(ended: Ended, fault: str) -> str | None:
     return None
 
 
-def _torn(run: Path, expected: dict[str, str], removing: bool) -> list[str]:
-    """Files at final paths that are not what they should be, and temporary ones."""
-    wrong = []
-    for name, digest in tree(run / "run").items():
-        if any(part.endswith(".tmp") for part in Path(name).parts):
-            wrong += [] if removing else [f"{name} was left behind"]
-        elif name in expected and digest != expected[name] and "metrics" not in name:
-            wrong.append(f"{name} differs")
-    return wrong
+def _disturbed(run: Path, expected: dict[str, str], removing: bool) -> list[str]:
+    """What is torn at a final path, and what was left behind."""
+    left = [name for name in tree(run / "run") if any(part.endswith(".tmp") for part in Path(name).parts)]
+    return torn(run / "run", expected) + [f"{name} was left behind" for name in left if not removing]
 
 
 def recording(root: Path, count: int | None, seed: int) -> FaultReport:
@@ -151,13 +146,13 @@ def recording(root: Path, count: int | None, seed: int) -> FaultReport:
             continue
         where = f"{fault} at operation {number}, {fired.place} {fired.kind} {fired.path}"
         fits.report.injected += 1
-        wrong = _torn(run, fits.expected, fired.kind in ("unlink", "rmdir"))
+        wrong = _disturbed(run, fits.expected, fired.kind in ("unlink", "rmdir"))
         if ended.error or ended.signal:
             fits.report.raised += 1
             wrong += filter(None, [_clear(ended, fault)])
             wrong += _goes_on(run, fits.expected)
         else:
-            wrong += differences(tree(run / "run"), fits.expected) if fault == "short write" else []
+            wrong += differences(final(tree(run / "run")), final(fits.expected)) if fault == "short write" else []
             wrong += _goes_on(run, fits.expected) if fault != "short write" else []
         fits.report.wrong += [f"{where}: {line}" for line in wrong]
         shutil.rmtree(run)
@@ -172,7 +167,7 @@ def _goes_on(run: Path, expected: dict[str, str]) -> list[str]:
     ended = forked(lambda: train(run, found[-1] if found else None))
     if ended.error or ended.signal:
         return [f"cannot be resumed: {ended.error or ended.signal}"]
-    return [f"resumed: {line}" for line in differences(tree(run / "run"), expected)]
+    return [f"resumed: {line}" for line in differences(final(tree(run / "run")), final(expected))]
 
 
 def stopping(root: Path, count: int | None, seed: int) -> FaultReport:
@@ -185,7 +180,7 @@ def stopping(root: Path, count: int | None, seed: int) -> FaultReport:
             continue
         where = f"{fault} at operation {number}, {fired.place} {fired.kind} {fired.path}"
         fits.report.injected += 1
-        wrong = _torn(run, fits.expected, fired.kind in ("unlink", "rmdir"))
+        wrong = _disturbed(run, fits.expected, fired.kind in ("unlink", "rmdir"))
         if ended.value != fits.ended.value:
             fits.report.raised += 1
             wrong.append(f"training did not go on to the same weights: {ended.error or ended.signal}")

@@ -1,7 +1,7 @@
 """Artifacts made to do harm: each is refused with `ArtifactError`, before 64 MB are allocated and within a second.
 
-Refused is what `verify` or `KernelMachine.load` refuses, or, where only a tensor's numbers are wrong, the first question
-to the machine: tensors are not read before they are needed.
+Refused is what `verify` or `KernelMachine.load` refuses, or, where only a tensor's numbers are wrong, the first
+question to the machine: tensors are not read before they are needed.
 """
 
 from __future__ import annotations

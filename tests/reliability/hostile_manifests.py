@@ -87,8 +87,8 @@ NAMES: dict[str, Change] = {
     for name in (
         "..", ".", "", "../x", "../../etc/passwd", "a/b", "/etc/passwd", "//etc/passwd", "./README.md", "x/", "a\\b",
         "..\\x", "\\\\host\\share", "C:", "C:x", "C:\\x", "c:/x", "a\0b", "a\nb", "a\rb", "a\x1b[2Jb", "\ud800",
-        "a" * 300, "~root", "$HOME", "%2e%2e/x", "file:///etc/passwd", "memory://x", "https://example.org/x", ".hidden", "-rf",
-        "README.md ", "\u2024\u2024/x", "\uff0e\uff0e\uff0fx", "read\u200bme", "manifest.json",
+        "a" * 300, "~root", "$HOME", "%2e%2e/x", "file:///etc/passwd", "memory://x", "https://example.org/x", ".hidden",
+        "-rf", "README.md ", "\u2024\u2024/x", "\uff0e\uff0e\uff0fx", "read\u200bme", "manifest.json",
     )
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from lightning_pathkernel import ArtifactError, KernelMachineExporter, verify
 from tests.reliability.forks import Child, Phase, forked
 from tests.reliability.sample import made
 from tests.reliability.training import TRAINING, checkpoints, train
-from tests.reliability.trees import differences, tree
+from tests.reliability.trees import differences, final, tree
 
 __all__ = ["SharingReport", "readers", "writers"]
 
@@ -108,7 +108,7 @@ def writers(root: Path, count: int, seed: int) -> SharingReport:
     reference = forked(lambda: train(root / "reference"))
     if reference.value is None:
         raise RuntimeError(f"the undisturbed run failed: {reference}")
-    expected = tree(root / "reference" / "run")
+    expected = final(tree(root / "reference" / "run"))
     for number in range(count):
         run, phase = root / f"run-{number}", Phase()
         first = Child(lambda run=run, phase=phase: train(run, phase=phase))  # type: ignore[misc]
@@ -126,7 +126,7 @@ def writers(root: Path, count: int, seed: int) -> SharingReport:
         os.kill(first.pid, signal.SIGCONT)
         ended = first.wait()
         report.wrong += [f"first writer {number}: {ended.error or ended.signal}"] if ended.value is None else []
-        report.wrong += [f"run {number}: {line}" for line in differences(tree(run / "run"), expected)]
+        report.wrong += [f"run {number}: {line}" for line in differences(final(tree(run / "run")), expected)]
         shutil.rmtree(run)
     return report
 

@@ -29,7 +29,9 @@ __all__ = ["EXPORTING", "RESTORING", "TRAINING", "checkpoints", "learner", "trai
 STARTING, RESTORING, TRAINING, EXPORTING, DONE = range(5)
 PHASES = ("starting", "restoring", "training", "exporting", "done")
 DIGITS = digits()
-EXAMPLES, BATCH, EPOCHS, CHECKPOINT = 96, 12, 2, 3
+EXAMPLES, BATCH, EPOCHS, CHECKPOINT = 70, 10, 2, 2
+"""For each process. No checkpoint is written at the last batch of an epoch but the last one: after resuming from such a
+one Lightning 2.6.6 counts its epochs wrongly, and trains longer than the run that nobody interrupted."""
 
 
 class Order(Sampler[int]):
@@ -102,8 +104,13 @@ def learner() -> Learner:
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """The checkpoints of a run, by their steps."""
-    return sorted((root / "checkpoints").glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
+    """The checkpoints of a run, by their steps; Lightning numbers those that it writes a second time."""
+
+    def order(path: Path) -> tuple[int, int]:
+        step, _, version = path.stem.removeprefix("step=").partition("-v")
+        return int(step), int(version or 0)
+
+    return sorted((root / "checkpoints").glob("*.ckpt"), key=order)
 
 
 def train(
@@ -133,20 +140,20 @@ def train(
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     training, validation = DIGITS
     pl.seed_everything(7, verbose=False)
-    module = Learner(Order(EXAMPLES, rank, ranks))
+    module = Learner(Order(EXAMPLES * ranks, rank, ranks))
     keep = Checkpoint(
         on_checkpoint, dirpath=root / "checkpoints", filename="{step}", every_n_train_steps=CHECKPOINT, save_top_k=-1,
         save_on_train_epoch_end=False,
     )  # fmt: skip
-    kernel = PathKernelCallback(str(root / "run"), **{"sketch_dim": 16, "nodes": 4, "probes": 8, **options})
+    kernel = PathKernelCallback(str(root / "run"), **{"sketch_dim": 16, "nodes": 3, "probes": 4, **options})
     trainer = pl.Trainer(
         max_epochs=EPOCHS, accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", logger=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=root, num_sanity_val_steps=0,
         use_distributed_sampler=False, callbacks=[*([Watch(phase)] if phase else []), kernel, keep],
     )  # fmt: skip
-    loader = DataLoader(TensorDataset(*(t[:EXAMPLES] for t in training.tensors)), BATCH, sampler=module.order)
-    small = TensorDataset(*(t[:16] for t in validation.tensors))
-    trainer.fit(module, loader, DataLoader(small, 16), ckpt_path=None if resume is None else str(resume))
+    loader = DataLoader(TensorDataset(*(t[: EXAMPLES * ranks] for t in training.tensors)), BATCH, sampler=module.order)
+    small = TensorDataset(*(t[:8] for t in validation.tensors))
+    trainer.fit(module, loader, DataLoader(small, 8), ckpt_path=None if resume is None else str(resume))
     if phase is not None:
         phase.value = DONE
     state = {name: value.double() for name, value in module.state_dict().items()}

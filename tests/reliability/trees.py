@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-__all__ = ["differences", "tree"]
+from lightning_pathkernel.store import ArtifactError, read_segment
 
-ASIDE = ("discarded", "writer.lock")
+__all__ = ["differences", "final", "torn", "tree"]
+
+ASIDE = ("discarded", "lock")
 """What a recording may hold besides its contents: segments after the checkpoint resumed from, and its lock."""
 
 
@@ -33,3 +35,30 @@ def differences(found: dict[str, str], expected: dict[str, str]) -> list[str]:
     lines += [f"{name} should not be there" for name in found.keys() - expected.keys()]
     lines += [f"{name} differs" for name in found.keys() & expected.keys() if found[name] != expected[name]]
     return sorted(lines)
+
+
+def final(found: dict[str, str]) -> dict[str, str]:
+    """What a finished run is compared by: all but the states of open chords, of which a checkpoint names one."""
+    return {name: digest for name, digest in found.items() if not Path(name).name.startswith("open-")}
+
+
+def torn(run: Path, expected: dict[str, str]) -> list[str]:
+    """Files of an interrupted run that are at a final path and not what they should be.
+
+    Args:
+        run: The directory of recording and machine.
+        expected: What an undisturbed run has there. Only the states of open chords may differ, which have to be whole;
+            and the metrics of a recording that goes on.
+    """
+    wrong = []
+    for name, digest in tree(run).items():
+        if any(part.endswith(".tmp") for part in Path(name).parts) or name not in expected or digest == expected[name]:
+            continue
+        if Path(name).name.startswith("open-"):
+            try:
+                read_segment(run / name)
+            except ArtifactError as error:
+                wrong.append(f"{name} is torn: {error}")
+        elif name.startswith("recording/"):
+            wrong.append(f"{name} differs")
+    return wrong

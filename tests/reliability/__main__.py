@@ -1,0 +1,101 @@
+"""Runs campaigns and prints what docs/reliability.md says of them: ``python -m tests.reliability NAME [--count N]``.
+
+A process of its own, which never runs a backward pass: campaigns fork, and autograd cannot be forked after one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.reliability import audit, damage, faults, fuzz, hostile, kills, sharing
+from tests.reliability.counts import COUNTS
+from tests.reliability.sample import made
+
+__all__ = ["CAMPAIGNS"]
+
+
+def _audit(root: Path, count: int | None, seed: int) -> Any:
+    return audit.campaign(made(root / "sound") / "machine")
+
+
+CAMPAIGNS: dict[str, Callable[[Path, int | None, int], Any]] = {
+    "kills": lambda root, count, seed: kills.campaign(root, count or 1, seed),
+    "kills-two-ranks": lambda root, count, seed: kills.campaign(root, count or 1, seed, ranks=2),
+    "faults-recording": faults.recording,
+    "faults-stopping": faults.stopping,
+    "faults-exporting": faults.exporting,
+    "crashes": faults.crashes,
+    "full-disk": faults.full_disk,
+    "flips": lambda root, count, seed: damage.flips(root, count or 1, seed, 2500),
+    "truncations": lambda root, count, seed: damage.truncations(root, count or 1, seed, 2500),
+    "hostile": hostile.campaign,
+    "fuzz": lambda root, count, seed: fuzz.plain(root, count or 1, seed),
+    "audit": _audit,
+    "readers": lambda root, count, seed: sharing.readers(root, count or 1, seed),
+    "writers": lambda root, count, seed: sharing.writers(root, count or 1, seed),
+}
+
+
+def _versions() -> str:
+    names = ("torch", "pytorch-lightning", "safetensors", "numpy")
+    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)])
+
+
+def _commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or os.environ.get("RELIABILITY_COMMIT", "no commit")
+
+
+def main() -> int:
+    """Run one campaign.
+
+    Returns:
+        0 if it found nothing wrong.
+    """
+    parser = argparse.ArgumentParser(prog="python -m tests.reliability", description=__doc__.split("\n")[0])
+    parser.add_argument("name", choices=CAMPAIGNS)
+    parser.add_argument("--count", type=int, help="how many; 0 for all there are; default: the full figure")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--root", type=Path, help="a directory for its files; default: a temporary one, in memory")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    count = COUNTS[options.name].full if options.count is None else options.count
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="reliability-", dir=options.root or memory) as root:
+        os.environ["TMPDIR"] = root
+        report = dataclasses.asdict(CAMPAIGNS[options.name](Path(root), count or None, options.seed))
+    seconds = time.perf_counter() - started
+    if options.json:
+        print(json.dumps(report, default=sorted))
+        return int(bool(report["wrong"]))
+    print(f"{options.name}: --count {count} --seed {options.seed}, {time.strftime('%Y-%m-%d')}, {seconds:.0f} s")
+    print(f"  {_versions()}, commit {_commit()}")
+    for name, value in report.items():
+        if name != "wrong":
+            print(f"  {name}: {sorted(value) if isinstance(value, set) else value}")
+    print(f"  findings: {len(report['wrong'])}")
+    for line in report["wrong"]:
+        print(f"    {line}")
+    return int(bool(report["wrong"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

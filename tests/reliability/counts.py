@@ -1,0 +1,33 @@
+"""How much of each campaign runs: the full figure with `-m slow` and by the command, a sample in the quick suite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["COUNTS", "Count"]
+
+
+@dataclass(frozen=True)
+class Count:
+    """Of one campaign; 0 means everything there is."""
+
+    sample: int
+    full: int
+
+
+COUNTS = {
+    "kills": Count(6, 1000),
+    "kills-two-ranks": Count(2, 100),
+    "faults-recording": Count(6, 0),
+    "faults-stopping": Count(5, 0),
+    "faults-exporting": Count(8, 0),
+    "crashes": Count(30, 0),
+    "full-disk": Count(2, 20),
+    "flips": Count(60, 10_000),
+    "truncations": Count(60, 10_000),
+    "hostile": Count(10, 0),
+    "fuzz": Count(3_000, 1_000_000),
+    "audit": Count(1, 1),
+    "readers": Count(100, 1000),
+    "writers": Count(2, 20),
+}
