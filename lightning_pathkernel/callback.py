@@ -138,8 +138,8 @@ class PathKernelCallback(_Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A pickle or a copy of the callback has its arguments and directories, not the fit in progress."""
-        fit = {"_session": None, "_training_ids": None, "_active": False, "_resumed": None, "_saved": {}}
-        return {**self.__dict__, **fit}
+        fit = dict.fromkeys(("_session", "_training_ids", "_resumed"))
+        return {**self.__dict__, **fit, "_active": False, "_saved": {}}
 
     # before training
 

@@ -27,7 +27,7 @@ def digest_of(values: Any) -> str | None:
         if isinstance(leaf, Tensor):
             flat = leaf.detach().to("cpu").contiguous().reshape(-1)
             digest.update(f"{tuple(leaf.shape)} {leaf.dtype}".encode())
-            digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+            digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     return digest.hexdigest()[:32]
 
 

@@ -8,11 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning_pathkernel.recording_store import Committed, read_description
+from lightning_pathkernel.recording_files import read_description
+from lightning_pathkernel.recording_store import Committed
 from lightning_pathkernel.store import ArtifactError
 from lightning_pathkernel.trainer_checks import FitError
 
-__all__ = ["checkpoint_state", "committed_by", "recording_of", "stopped_state"]
+__all__ = ["as_text", "checkpoint_state", "committed_by", "recording_of", "stopped_state"]
 
 _VERSION = 1
 

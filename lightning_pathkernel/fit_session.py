@@ -29,7 +29,8 @@ from lightning_pathkernel.probe_batch import collect_probes
 from lightning_pathkernel.probes import ProbeTracker
 from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
 from lightning_pathkernel.recording.ranks import Ranks
-from lightning_pathkernel.recording_store import agreed, read_description
+from lightning_pathkernel.recording_files import read_description
+from lightning_pathkernel.recording_store import agreed
 from lightning_pathkernel.sketch import SketchSettings
 from lightning_pathkernel.trainer_checks import (
     FitError,
@@ -238,6 +239,9 @@ class FitSession:
         """How faithful the kernel machine is at this moment of training, by name; kept for the artifact.
 
         What depends on the clock is not kept: a fit that was interrupted leaves what one leaves that was not.
+
+        Returns:
+            Name -> value.
         """
         self._moment += 1
         values = {} if self._tracker is None else self._tracker.metrics(self.recorder.snapshot())

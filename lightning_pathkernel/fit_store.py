@@ -85,7 +85,7 @@ class FitStore:
 
         Raises:
             StoreError: If something could not be written.
-        """  # noqa: DOC502
+        """
         if self._store is not None and self._ranks.world == 1:
             self._store.writer.check()
 

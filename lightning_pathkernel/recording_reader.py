@@ -14,7 +14,7 @@ from lightning_pathkernel.chord_io import MALFORMED, chord_of, merged_chord, ran
 from lightning_pathkernel.names import decode_names
 from lightning_pathkernel.recording.open_chord import OpenChord
 from lightning_pathkernel.recording.ranks import Ranks
-from lightning_pathkernel.recording_store import check_link, read_description, segments_of
+from lightning_pathkernel.recording_files import check_link, read_description, segments_of
 from lightning_pathkernel.store import ArtifactError, Segment, read_segment, segment_name, unpack_tree
 
 __all__ = ["Recording"]
@@ -84,7 +84,7 @@ class Recording:
 
         Raises:
             ArtifactError: If a segment is damaged, or not the next one.
-        """  # noqa: DOC502
+        """
         self._heads = [""] * self.ranks
         for rank in range(self.ranks):
             begun = self._checked(rank, 0)
@@ -107,6 +107,12 @@ class Recording:
         """The chord that was open when its state was saved last; None where there is none, or it is not finite.
 
         To be called after the closed ones were read.
+
+        Returns:
+            The chord, with first-stage rows.
+
+        Raises:
+            ArtifactError: If what was saved is damaged.
         """
         found = self._open_segments() if self._whole else None
         if found is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator
@@ -124,10 +125,8 @@ def run(
     path_kernel.module = module  # type: ignore[attr-defined]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
+        with contextlib.suppress(Killed):
             fit.fit(module, *loaders(dataset=dataset, **given), ckpt_path=checkpoint)
-        except Killed:
-            pass
     return path_kernel
 
 

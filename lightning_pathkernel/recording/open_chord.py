@@ -78,7 +78,7 @@ class OpenChord:
             table: Takes the chord's rows.
 
         Returns:
-            The state, without the rows themselves.
+            The rest.
         """
         steps = [[[table.add(part) for part in step.parts], step.coefficient] for step in self._steps]
         sketches = {n: {"rows": s.rows, "columns": s.columns, "factors": s.tensors()} for n, s in self.sketches.items()}
@@ -95,7 +95,7 @@ class OpenChord:
 
         Args:
             state: Its state.
-            table: State of the table that its rows were put in.
+            table: Of its rows.
 
         Returns:
             All rows of the table.
@@ -110,8 +110,8 @@ class OpenChord:
         }
         self._kept, self._carried, self.room = int(state["kept"]), int(state["carried"]), int(state["room"])
         self.index, self.first_step = int(state["index"]), int(state["first_step"])
-        self.fitted, self._warned = set(state["fitted"]), bool(state["warned"])
         self.displacement.restore(state["displacement"])
+        self.fitted, self._warned = set(state["fitted"]), bool(state["warned"])
         self._start_buffers, self._end_buffers = state["start_buffers"], state["end_buffers"]
         return rows
 

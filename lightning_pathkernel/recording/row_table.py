@@ -82,7 +82,7 @@ class RowTable:
                 continue
             own = slots[at : at + stored["slots"]]
             at += stored["slots"]
-            ids = stored["ids"] if stored["ids"] is not None else own.pop()
+            ids: torch.Tensor | Slot = stored["ids"] if stored["ids"] is not None else own.pop()
             rows = StepRows(ids, arena, int(stored["room"]))
             rows._slots, rows._uses = own, list(layouts[stored["layout"]])
             rows.held = {name: [held[i] for i in uses] for name, uses in stored.get("held", {}).items()}

@@ -64,7 +64,8 @@ class RecorderParts:
             state: The state.
         """
         plan = self.network.plan.parameters
-        self.network.parameters = {name: plan[name] for name in state["learning"]}
+        self.network.parameters.clear()
+        self.network.activate(state["learning"])
         rows = self.chord.restore(state["chord"], state["rows"])
         own = [each if isinstance(each, StepRows) else StepRows(each.ids, self.chord.arena) for each in rows]
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):

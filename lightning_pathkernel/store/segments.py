@@ -114,7 +114,8 @@ def write_segment(directory: Path, header: SegmentHeader, groups: Groups) -> str
 
     def write(path: Path) -> None:
         with open(path, "wb") as file:
-            for part in (opening, *payload):
+            parts: list[bytes | memoryview] = [opening, *payload]
+            for part in parts:
                 file.write(part)
                 digest.update(part)
 
@@ -195,9 +196,8 @@ def _metadata(path: Path, data: bytes) -> dict[str, Any]:
     crc = google_crc32c.value(data[:_CRC_AT] + b"0" * 8 + data[_CRC_AT + 8 : 8 + length])
     crc = _extended(crc, memoryview(data)[8 + length :])
     if said != f"{crc:08x}".encode():
-        raise ArtifactError(
-            f"{_called(path)}: its CRC32C is {crc:08x}, {said.decode('ascii', 'replace')} expected: truncated or altered"
-        )
+        expected = said.decode("ascii", "replace")
+        raise ArtifactError(f"{_called(path)}: its CRC32C is {crc:08x}, {expected} expected: truncated or altered")
     try:
         metadata = json.loads(data[8 : 8 + length])["__metadata__"]
         known = metadata["format"] == FORMAT_OF_SEGMENTS and metadata["version"].split(".")[0] == _VERSION.split(".")[0]

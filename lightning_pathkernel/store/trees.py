@@ -83,7 +83,7 @@ def unpack_tree(tensors: Mapping[str, Tensor], device: torch.device | str = "cpu
     """
     try:
         stored = json.loads(bytes(tensors[_TREE].numpy().tobytes()).decode())
-        made = [_laid_out(tensors[str(i)], *layout, device) for i, layout in enumerate(stored["layouts"])]
+        made = [_laid_out(tensors[str(i)], layout, device) for i, layout in enumerate(stored["layouts"])]
         return _grown(stored["tree"], made)
     except (KeyError, TypeError, IndexError, RecursionError, RuntimeError) as error:
         raise ValueError(f"malformed tree: {error!r}") from error
@@ -100,9 +100,8 @@ def _grown(value: Any, made: list[Tensor]) -> Any:
     return float(inner) if kind == "f" else {key: _grown(each, made) for key, each in inner}
 
 
-def _laid_out(
-    stored: Tensor, strides: list[int], offset: int, on_device: bool, device: torch.device | str
-) -> Tensor:  # fmt: skip
+def _laid_out(stored: Tensor, layout: list[Any], device: torch.device | str) -> Tensor:
+    strides, offset, on_device = layout
     where = device if on_device else "cpu"
     if not strides or not stored.numel():
         return stored.to(where, copy=True)

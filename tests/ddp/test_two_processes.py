@@ -66,8 +66,8 @@ def test_two_processes_make_the_machine_of_one(name: str, tmp_path: Path) -> Non
 def test_a_recording_by_two_processes_is_merged_at_export_or_its_gap_named(tmp_path: Path) -> None:
     run(tmp_path / "two", "--optimizer=sgd", "--network=batch norm", "--injected")
     recording = tmp_path / "two" / "run" / "recording"
-    parts = sorted(p.name for p in (recording / "rank-0001").iterdir())
-    assert parts == sorted(p.name for p in recording.glob("chord-*"))
+    parts = sorted(p.name for p in (recording / "rank-0001").glob("segment-*"))
+    assert parts == sorted(p.name for p in (recording / "rank-0000").glob("segment-*"))
     module = Classifier("sgd", network("batch norm"))
     machine = KernelMachine.load(KernelMachineExporter(recording).export(tmp_path / "again"), module)
     x = digits()[1].tensors[0]
