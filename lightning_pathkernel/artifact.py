@@ -3,64 +3,78 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from collections import ChainMap
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_pathkernel.chord import Chord
-from lightning_pathkernel.fingerprint import CONSTANTS, check_module, check_state, load_constants
-from lightning_pathkernel.packed_io import Node, read_packed
-from lightning_pathkernel.store import ArtifactError, read_manifest, read_tensors
+from lightning_pathkernel.fingerprint import check_module, check_state, load_constants
+from lightning_pathkernel.names import merge_names
+from lightning_pathkernel.store import (
+    CONSTANTS,
+    Manifest,
+    TensorFile,
+    download,
+    is_url,
+    read_manifest,
+    tensors_of,
+)
+from lightning_pathkernel.stored_path import StoredPath
 
 __all__ = ["read_machine"]
 
+_SMALL = 64 << 20
+"""An artifact of no more bytes is read through when it is loaded, so that all that is wrong with it shows then."""
 
-def read_machine(path: str | Path, module: nn.Module) -> tuple[nn.Module, list[Chord]]:
+
+def read_machine(
+    path: str | Path, module: nn.Module, expected_sha256: str | None = None
+) -> tuple[nn.Module, StoredPath, Manifest]:
     """Read what a kernel machine is made of.
 
     Args:
-        path: The artifact's directory.
+        path: The artifact's directory, or an fsspec URL of one.
         module: A module of the architecture that was trained; left as it is.
+        expected_sha256: As in `KernelMachine.load`.
 
     Returns:
-        A copy of the module with the artifact's constants, and the chords in the order of training.
+        A copy of the module with the artifact's constants, the chords in the order of training, and the manifest.
 
     Raises:
         ArtifactError: If the artifact is damaged, of another format or not of this module.
     """
-    directory = Path(path)
-    manifest = read_manifest(directory)
-    check_module(module, manifest["module"])
+    owner = download(str(path)) if is_url(path) else Path(path)
+    manifest = read_manifest(owner if isinstance(owner, Path) else Path(owner.name))
+    if expected_sha256 is not None:
+        manifest.verify(expected_sha256)
+    described = manifest.contents["module"]
+    check_module(module, described)
     private = _copy(module)
     for name, parameter in private.named_parameters():
-        parameter.requires_grad_(bool(manifest["module"]["parameters"][name]["trainable"]))
-    constants, _ = read_tensors(directory / CONSTANTS)
-    load_constants(private, constants)
-    chords: list[Chord] = []
-    node: Node | None = None
-    for name in manifest["chords"]:
-        chord, node = read_packed(directory / name, node)
-        chords.append(chord)
-    chords = _with_frozen(chords)
-    step = 0
-    for name, chord in zip(manifest["chords"], chords, strict=True):
-        rest = chord is chords[-1] and len(chords) > 1  # what moved after the last step has no step of its own
-        if chord.first_step != step or chord.last_step < step or (chord.last_step == step and not rest):
-            raise ArtifactError(f"{name}: steps {chord.first_step} to {chord.last_step}, expected from {step} on")
-        step = chord.last_step
-        check_state(private, chord.start, chord.start_buffers)
-    return private, chords
+        parameter.requires_grad_(described["parameters"][name]["trainable"])
+    load_constants(private, tensors_of(TensorFile(manifest.files[CONSTANTS]))[0])
+    stored = StoredPath([manifest.files[name] for name in manifest.contents["chords"]], owner)
+    for file in stored.files:
+        check_state(private, _state(file, "start", "start_buffers", "end", "end_buffers"), whole=False)
+    starts = [_state(file, "start") for file in stored.files]
+    check_state(private, {**_state(stored.files[0], "start_buffers"), **dict(ChainMap(*starts))})
+    if sum(file.size for file in manifest.files.values()) <= _SMALL:
+        _read_through(stored)
+    return private, stored, manifest
 
 
-def _with_frozen(chords: list[Chord]) -> list[Chord]:
-    """Parameters that began to learn in a later chord stand in the earlier ones as they stood at its start."""
-    out: list[Chord] = []
-    later: dict[str, Tensor] = {}
-    for chord in reversed(chords):
-        out.append(replace(chord, start={**later, **chord.start}))
-        later.update(chord.start)
-    return out[::-1]
+def _state(file: TensorFile, *groups: str) -> dict[str, tuple[tuple[int, ...], object]]:
+    """Shape and dtype of every tensor of some groups."""
+    split = {full: full.partition("/") for full in file.entries}
+    found = {name: file.entries[full] for full, (group, _, name) in split.items() if group in groups}
+    return {name: (entry.shape, entry.dtype) for name, entry in found.items()}
+
+
+def _read_through(stored: StoredPath) -> None:
+    merge_names(stored.names())
+    for chord in stored:
+        for _ in chord.examples.influences():
+            pass
 
 
 def _copy(module: nn.Module) -> nn.Module:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from lightning_pathkernel.capture import PerExampleGradient, matrix_shape
+from lightning_pathkernel.example_rows import HeldRows
 from lightning_pathkernel.ledger import ChordSpan, weights_along
 from lightning_pathkernel.network import Tensors
 from lightning_pathkernel.sketch import KroneckerSketch
 
-__all__ = ["Chord", "QueryBuffer"]
+__all__ = ["Chord", "QueryBuffer", "direction_of"]
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,8 @@ class Chord:
         Returns:
             Parameter -> direction, with the parameter's shape.
         """
-        total = self.rows.sum(0) if self.total is None else self.total
-        features = total if self.second_stage is None else total @ self.second_stage
-        return synthesise(self.sketches, features, self.preconditioner, self.start)
+        total = self.examples.total if self.total is None else self.total
+        return direction_of(total, self.sketches, self.second_stage, self.preconditioner, self.start)
 
     def without(self, example_ids: Tensor) -> Chord:
         """The chord without some examples' rows; their displacement becomes part of the residual."""
@@ -95,6 +95,15 @@ class Chord:
             residual={**self.residual, **residual},
         )
 
+    @property
+    def examples(self) -> HeldRows:
+        """The examples, as what is asked of a stored chord's."""
+        return HeldRows(self.example_ids, self.rows, self.self_inner)
+
+    def held(self) -> Chord:
+        """Itself: everything is in memory."""
+        return self
+
     def span(self) -> ChordSpan:
         """The chord's directions in weight space."""
         return ChordSpan(
@@ -107,6 +116,18 @@ class Chord:
             self.residual,
             self.end,
         )
+
+
+def direction_of(
+    total: Tensor,
+    sketches: Mapping[str, KroneckerSketch],
+    second_stage: Tensor | None,
+    preconditioner: Tensors,
+    like: Tensors,
+) -> dict[str, Tensor]:
+    """A sum of rows ``[k]`` as a direction in weight space: ``D . S_query^T total``."""
+    features = total if second_stage is None else total @ second_stage
+    return synthesise(sketches, features, preconditioner, like)
 
 
 def synthesise(

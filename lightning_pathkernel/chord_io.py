@@ -11,6 +11,7 @@ import torch
 
 from lightning_pathkernel.capture import matrix_shape
 from lightning_pathkernel.chord import Chord
+from lightning_pathkernel.chord_path import PathChord
 from lightning_pathkernel.names import decode_names, encode_names
 from lightning_pathkernel.network import Tensors
 from lightning_pathkernel.sketch import KroneckerSketch
@@ -23,6 +24,7 @@ __all__ = [
     "FACTORS",
     "MALFORMED",
     "check_chord",
+    "check_parts",
     "chord_facts",
     "chord_groups",
     "chord_name",
@@ -198,17 +200,31 @@ def check_chord(chord: Chord) -> None:
     Raises:
         ValueError: Naming the part.
     """
-    features = sum(_checked(name, sketch).features for name, sketch in chord.sketches.items())
-    stage, ids = chord.second_stage, chord.example_ids
-    width = features if stage is None else int(stage.shape[0])
-    if stage is not None and (stage.dim() != 2 or stage.shape[1] != features or not stage.is_floating_point()):
-        raise ValueError(f"second stage of {tuple(stage.shape)} {stage.dtype} for {features} features")
+    width, ids = check_parts(chord), chord.example_ids
     if ids.dim() != 1 or ids.dtype != torch.long or chord.self_inner.shape != ids.shape:
         raise ValueError(
             f"example ids {tuple(ids.shape)} of {ids.dtype}, {tuple(chord.self_inner.shape)} inner products"
         )
     if chord.rows.shape != (len(ids), width):
         raise ValueError(f"rows of {tuple(chord.rows.shape)} for {len(ids)} examples x {width}")
+
+
+def check_parts(chord: PathChord) -> int:
+    """Refuse a chord whose parts, but its examples, are not of one another.
+
+    Args:
+        chord: As read from a file.
+
+    Returns:
+        The numbers that a row must have.
+
+    Raises:
+        ValueError: Naming the part.
+    """
+    features = sum(_checked(name, sketch).features for name, sketch in chord.sketches.items())
+    stage = chord.second_stage
+    if stage is not None and (stage.dim() != 2 or stage.shape[1] != features or not stage.is_floating_point()):
+        raise ValueError(f"second stage of {tuple(stage.shape)} {stage.dtype} for {features} features")
     if not chord.start or not chord.sketches.keys() <= chord.start.keys() or chord.delta.keys() != chord.start.keys():
         raise ValueError("start, displacement and sketches are of different parameters")
     for kind in ("delta", "preconditioner", "decay", "residual"):
@@ -219,6 +235,7 @@ def check_chord(chord: Chord) -> None:
     for name, sketch in chord.sketches.items():
         if matrix_shape(chord.start[name].shape) != (sketch.rows, sketch.columns):
             raise ValueError(f"sketch of {name!r} for {sketch.rows} x {sketch.columns}")
+    return features if stage is None else int(stage.shape[0])
 
 
 def _check_like(kind: str, values: Tensors, like: Tensors) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_pathkernel.network import Functional
 
-__all__ = ["Explanation", "OutputFn", "functional_of", "joined", "pick_target", "strongest"]
+__all__ = ["Explanation", "OutputFn", "functional_of", "joined", "pick_target"]
 
 OutputFn = Callable[[Tensor, Tensor], Tensor]
 """``(outputs [n, K], target [n]) -> [n]``: the scalar that is explained."""
@@ -36,27 +36,6 @@ class Explanation:
     example_ids: Tensor
     contributions: Tensor
     ledger: dict[str, Tensor]
-
-
-def strongest(
-    contributions: Tensor, ids: Tensor, top_k: int, prediction: Tensor, ledger: dict[str, Tensor]
-) -> Explanation:
-    """The explanation by the ``top_k`` examples on each side.
-
-    Args:
-        contributions: Of all examples, ``[Q, N]``.
-        ids: Their ids, ``[N]``.
-        top_k: Examples on each side; all of them where there are fewer.
-        prediction: The explained scalar, ``[Q]``.
-        ledger: Its ledger.
-
-    Returns:
-        The explanation.
-    """
-    k = min(top_k, contributions.shape[1])
-    best, worst = contributions.topk(k, dim=1), contributions.topk(k, dim=1, largest=False)
-    chosen = ids[torch.cat([best.indices, worst.indices], dim=1)]
-    return Explanation(prediction, chosen, torch.cat([best.values, worst.values], dim=1), ledger)
 
 
 def joined(pieces: Sequence[Explanation]) -> Explanation:

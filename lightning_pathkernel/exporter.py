@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-import torch
 from torch import Tensor
 
+from lightning_pathkernel.artifact_writer import METRICS, README, publish_artifact, seal, write_text
 from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.chord_io import chord_name
-from lightning_pathkernel.fingerprint import CONSTANTS
 from lightning_pathkernel.packed_io import Node, write_packed
 from lightning_pathkernel.recording_reader import Recording
 from lightning_pathkernel.store import (
-    FORMAT,
-    FORMAT_VERSION,
-    MANIFEST,
+    CONSTANTS,
     ArtifactError,
-    file_table,
-    fsync_directory,
-    publish,
     publish_json,
     publish_tensors,
 )
 
 __all__ = ["KernelMachineExporter"]
-
-METRICS = "metrics.json"
 
 
 class KernelMachineExporter:
@@ -47,17 +37,22 @@ class KernelMachineExporter:
         self.recording = Recording(self.directory)
         self.facts = self.recording.facts
 
-    def export(self, out_dir: str | Path, row_bits: int = 16) -> Path:
+    @overload
+    def export(self, out_dir: Path, row_bits: int = 16) -> Path: ...
+    @overload
+    def export(self, out_dir: str, row_bits: int = 16) -> str | Path: ...
+    def export(self, out_dir: str | Path, row_bits: int = 16) -> str | Path:
         """Write the artifact.
 
         Args:
-            out_dir: Where it is to be; it must not exist or be an empty directory.
+            out_dir: Where it is to be: a directory that does not exist or is empty, or an fsspec URL (``s3://``,
+                ``gs://``, ``hf://``, ``memory://``) under which there is nothing. Readers see all of it or nothing.
             row_bits: Bits of each number kept of an example: 16, or 8 for half the bytes and a coarser split among the
                 examples; their sum stays either way (docs/benchmarks.md). A run in double precision keeps its numbers
                 as they are.
 
         Returns:
-            ``out_dir``.
+            ``out_dir``, a directory as a path.
 
         Raises:
             ArtifactError: If the recording is damaged, or nothing in it was learned yet.
@@ -66,32 +61,17 @@ class KernelMachineExporter:
         """
         if row_bits not in (8, 16):
             raise ValueError(f"row_bits must be 8 or 16, found {row_bits}")
-        out = Path(out_dir)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise FileExistsError(f"{out} exists and is not empty: choose another place for the machine")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staged = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            self._stage(staged, row_bits)
-            if out.exists():
-                out.rmdir()
-            staged.rename(out)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
-        fsync_directory(out.parent)
-        return out
+        return publish_artifact(out_dir, lambda staged: self._stage(staged, row_bits))
 
     def _stage(self, staged: Path, row_bits: int) -> None:
-        staged.mkdir()
         constants: dict[str, Tensor] = {}
         node: Node | None = None
-        names: list[str] = []
+        count = 0
         before: Chord | None = None
         for chord in self.recording.chords(constants):
             if before is not None:
                 node = write_packed(staged, before, node, False, row_bits)
-            names.append(chord_name(chord.index))
-            before = chord
+            count, before = count + 1, chord
         if before is None:
             raise ArtifactError(f"{self.directory} has no closed chord yet: nothing was learned that could be exported")
         write_packed(staged, before, node, True, row_bits)
@@ -100,21 +80,9 @@ class KernelMachineExporter:
         publish_tensors(staged / CONSTANTS, constants, {"format": "pt"})
         if history:
             publish_json(staged / METRICS, {"history": history})
-        names = [chord_name(i) for i in range(len(names))]
-        publish(staged / "README.md", lambda path: _write(path, self._card(len(names), history)))
-        manifest = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "required_features": [],
-            "chords": names,
-            "files": file_table(staged),
-            "module": module,
-            "optimizer": self.facts["optimizer"],
-            "settings": self.facts["settings"],
-            "ids": self.facts.get("ids"),
-            "libraries": {"torch": torch.__version__},
-        }
-        publish_json(staged / MANIFEST, manifest)
+        write_text(staged / README, self._card(count, history))
+        facts = {"optimizer": self.facts["optimizer"], "settings": self.facts["settings"], "ids": self.facts.get("ids")}
+        seal(staged, {**facts, "chords": [chord_name(i) for i in range(count)], "module": module})
 
     def _module(self, last: Chord, constants: dict[str, Tensor]) -> dict[str, Any]:
         """What is said of the module; parameters that began to learn during the fit are no constants."""
@@ -140,7 +108,3 @@ class KernelMachineExporter:
         else:
             lines.append("No fidelity was logged: training had no validation data.")
         return "\n".join([*lines, "", "Load it with `lightning_pathkernel.KernelMachine.load(directory, module)`.", ""])
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

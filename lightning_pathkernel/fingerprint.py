@@ -8,12 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_pathkernel.network import float_buffers
-from lightning_pathkernel.store import ArtifactError
+from lightning_pathkernel.store import CONSTANTS, ArtifactError
 
 __all__ = ["CONSTANTS", "check_module", "check_state", "constants", "describe_module", "load_constants"]
-
-CONSTANTS = "constants.safetensors"
-"""File with frozen parameters and integer buffers."""
 
 
 def describe_module(module: nn.Module) -> dict[str, Any]:
@@ -52,21 +49,22 @@ def check_module(module: nn.Module, expected: Mapping[str, Any]) -> None:
         raise ArtifactError("the module is not the one this machine was made of: " + "; ".join(sorted(wrong)))
 
 
-def check_state(module: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-    """Refuse a chord that is not of this module.
+def check_state(module: nn.Module, stored: Mapping[str, tuple[tuple[int, ...], object]], whole: bool = True) -> None:
+    """Refuse chords that are not of this module.
 
     Args:
         module: The module.
-        weights: The chord's trainable weights.
-        buffers: Its floating-point buffers.
+        stored: Shape and dtype of weights and floating-point buffers that are stored, by name.
+        whole: Whether these must be all that training moves.
 
     Raises:
         ArtifactError: Naming every difference.
     """
-    mine = {**{n: p for n, p in module.named_parameters() if p.requires_grad}, **float_buffers(module)}
-    theirs = {**weights, **buffers}
-    wrong = [n for n in sorted(mine.keys() | theirs.keys()) if n not in mine or n not in theirs]
-    wrong += [n for n in sorted(mine.keys() & theirs.keys()) if mine[n].shape != theirs[n].shape]
+    tensors = {**{n: p for n, p in module.named_parameters() if p.requires_grad}, **float_buffers(module)}
+    mine = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    wrong = sorted(stored.keys() - mine.keys())
+    wrong += [n for n in sorted(mine.keys() - stored.keys()) if whole]
+    wrong += [n for n in sorted(mine.keys() & stored.keys()) if mine[n] != stored[n]]
     if wrong:
         raise ArtifactError(f"a chord is not of this network: {', '.join(map(repr, wrong))}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ from torch import Tensor, nn
 
 from lightning_pathkernel import query
 from lightning_pathkernel.artifact import read_machine
+from lightning_pathkernel.artifact_writer import save_machine
 from lightning_pathkernel.capture import plan_capture
 from lightning_pathkernel.chord import Chord
-from lightning_pathkernel.explanation import Explanation, OutputFn, functional_of, joined, strongest
+from lightning_pathkernel.chord_path import ChordPath, HeldPath
+from lightning_pathkernel.explanation import Explanation, OutputFn, functional_of, joined
 from lightning_pathkernel.ledger import LEDGER_TERMS, bias, fidelity_metrics
 from lightning_pathkernel.names import merge_names, names_of
-from lightning_pathkernel.network import ForwardFn, Network, batch_size, take_rows
+from lightning_pathkernel.network import ForwardFn, Network, Tensors, batch_size, take_rows
 from lightning_pathkernel.path import QuadratureRule, gauss_legendre
+from lightning_pathkernel.ranking import all_contributions, strongest_contributions
+from lightning_pathkernel.store import Manifest
 
 __all__ = ["KernelMachine"]
 
@@ -27,7 +32,7 @@ class KernelMachine:
 
     Args:
         module: The network's module; shared with its owner, never left changed.
-        chords: The path.
+        chords: The path: chords in memory, or those of an artifact, which stay in its files.
         forward_fn: ``(module, batch) -> outputs [n, K]``; default: the module called on the batch, or on its first
             element when the batch is a tuple or a list.
         rtol: As in `load`.
@@ -42,22 +47,23 @@ class KernelMachine:
     def __init__(
         self,
         module: nn.Module,
-        chords: Sequence[Chord],
+        chords: Sequence[Chord] | ChordPath,
         forward_fn: ForwardFn | None = None,
         rtol: float | None = None,
         quadrature_points: int = 4,
         chunk_size: int = 256,
     ) -> None:
-        if not chords:
+        if not len(chords):
             raise ValueError("a kernel machine needs at least one chord: the recording is empty")
         if quadrature_points < 1 or (rtol is not None and rtol <= 0):
             raise ValueError(f"quadrature_points and rtol must be positive, found {quadrature_points} and {rtol}")
         self._network = Network(module, plan_capture(module), forward_fn)
-        self._chords = list(chords)
+        self._path = HeldPath(chords) if isinstance(chords, Sequence) else chords
         self._rtol, self._points = rtol, quadrature_points
         self._chunk = chunk_size
-        self.example_ids = torch.unique(torch.cat([c.example_ids for c in self._chords]))
-        self.example_names: dict[int, str] = merge_names(c.names for c in self._chords)
+        self._manifest: Manifest | None = None
+        if isinstance(self._path, HeldPath):
+            merge_names(self._path.names())
 
     @classmethod
     def load(
@@ -67,32 +73,71 @@ class KernelMachine:
         forward_fn: ForwardFn | None = None,
         rtol: float | None = None,
         quadrature_points: int = 4,
+        expected_sha256: str | None = None,
     ) -> KernelMachine:
-        """Load an exported machine.
+        """Load an exported machine; its examples stay in its files, which must stay as they are.
 
         Args:
-            path: The artifact's directory.
+            path: The artifact's directory, or an fsspec URL of one (``s3://``, ``gs://``, ``hf://``, ``http://``,
+                ``memory://``), which is downloaded to a temporary directory that the machine keeps.
             module: A module of the architecture that was trained; its weights do not matter and stay as they are.
             forward_fn: As in training, if one was given there.
             rtol: Tolerance of the quadrature along each chord: points are doubled, for each chunk of queries, until
                 the embedded error estimate is below this share of the chord's change of the outputs, or 64 points are
                 reached. None for a fixed number of points, as in the metrics logged in training.
             quadrature_points: Gauss-Legendre points along each chord where there is no ``rtol``.
+            expected_sha256: The sha256 that the manifest must have, if its author told you; then every byte is read
+                and compared first, as `verify` does.
 
         Returns:
             The machine.
 
         Raises:
             ArtifactError: If the artifact is damaged or of another format, or if the module's parameter names, shapes
-                or dtypes differ from the manifest's; every difference is named.
+                or dtypes differ from the manifest's; every difference is named. Of a large artifact, damage within
+                examples and nodes is found when a question first touches it.
+            ValueError: If ``expected_sha256`` is no sha256.
         """
-        private, chords = read_machine(path, module)
-        return cls(private, chords, forward_fn, rtol, quadrature_points)
+        private, stored, manifest = read_machine(path, module, expected_sha256)
+        machine = cls(private, stored, forward_fn, rtol, quadrature_points)
+        machine._manifest = manifest
+        return machine
+
+    def save(self, path: str | Path) -> str | Path:
+        """Write the machine as an artifact again, as it is now: examples that `without` took out are gone from it.
+
+        Of a loaded machine every other number stays as it is stored, to the last bit.
+
+        Args:
+            path: Where: a directory that does not exist or is empty, or an fsspec URL. All of it is there in the end,
+                or nothing.
+
+        Returns:
+            ``path``.
+
+        Raises:
+            FileExistsError: If there is something at ``path``; nothing is overwritten.
+            OSError: If it cannot be written.
+        """
+        return save_machine(path, self._path, self._network.module, self._manifest)
 
     @property
     def chords(self) -> tuple[Chord, ...]:
-        """The chords, in the order of training."""
-        return tuple(self._chords)
+        """The chords, in the order of training; asking for them reads all examples into memory."""
+        return tuple(chord.held() for chord in self._path)
+
+    @cached_property
+    def example_ids(self) -> Tensor:
+        """Every training example that was ever visited, sorted, ``[N]``; read when it is first asked for."""
+        found = torch.zeros(0, dtype=torch.long)
+        for examples in self._path.examples:
+            found = torch.unique(torch.cat([found, *(ids for ids, _ in examples.influences())]))
+        return found
+
+    @cached_property
+    def example_names(self) -> dict[int, str]:
+        """The user's string ids, by the integers that stand for them."""
+        return merge_names(self._path.names())
 
     def names_of(self, ids: Tensor | Sequence[int]) -> list[Any]:
         """The user's string ids of examples, such as ``Explanation.example_ids``.
@@ -118,9 +163,10 @@ class KernelMachine:
             A machine that shares everything else with this one.
         """
         drop = torch.as_tensor(example_ids).reshape(-1)
-        chords = [chord.without(drop) for chord in self._chords]
-        network = self._network
-        return KernelMachine(network.module, chords, network.forward_fn, self._rtol, self._points, self._chunk)
+        network, path = self._network, self._path.without(drop)
+        machine = KernelMachine(network.module, path, network.forward_fn, self._rtol, self._points, self._chunk)
+        machine._manifest = self._manifest
+        return machine
 
     # totals
 
@@ -134,10 +180,10 @@ class KernelMachine:
 
     def _bias_and_examples(self, x: Any) -> tuple[Tensor, Tensor]:
         """Prediction and bias, ``[n, K]`` each."""
-        first = self._chords[0]
+        first = next(iter(self._path))
         bias = self._network.outputs(x, first.start, first.start_buffers)
         examples = torch.zeros_like(bias)
-        for chord, rule in zip(self._chords, self._rules(x), strict=True):
+        for chord, rule in zip(self._path, self._rules(x), strict=True):
             part, part_bias = query.sums(self._network, x, chord, rule)
             examples, bias = examples + part, bias + part_bias
         return bias + examples, bias
@@ -159,14 +205,20 @@ class KernelMachine:
         ledgers, outputs = [], []
         for batch in dataloader:
             for part in self._chunks(batch):
-                ledgers.append(query.ledger(self._network, part, self._chords, self._rules(part))[0])
+                ledgers.append(query.ledger(self._network, part, self._path, self._rules(part))[0])
                 outputs.append(self._end_outputs(part))
         terms = {name: torch.cat([found[name] for found in ledgers]) for name in LEDGER_TERMS}
         return fidelity_metrics(terms, torch.cat(outputs))
 
     def _end_outputs(self, x: Any) -> Tensor:
-        last = self._chords[-1]
-        return self._network.outputs(x, last.weights(1.0), last.end_buffers)
+        return self._network.outputs(x, *self._end)
+
+    @cached_property
+    def _end(self) -> tuple[dict[str, Tensor], Tensors]:
+        """Weights and buffers at the end of the path."""
+        for chord in self._path:
+            last = chord
+        return last.weights(1.0), last.end_buffers
 
     # parts
 
@@ -185,9 +237,8 @@ class KernelMachine:
         parts = []
         for part, rows in self._with_rows(x, target):
             functional = functional_of(output_fn, rows)
-            parts.append(
-                query.contributions(self._network, part, self._chords, self.example_ids, self._rules(part), functional)
-            )
+            shares = query.shares(self._network, part, self._path, self._rules(part), functional)
+            parts.append(all_contributions(shares, self.example_ids))
         return torch.cat(parts)
 
     def explain(
@@ -219,13 +270,12 @@ class KernelMachine:
     def _explain(self, x: Any, target: Tensor, top_k: int, output_fn: OutputFn | None, complete: bool) -> Explanation:
         functional = functional_of(output_fn, target)
         rules = self._rules(x)
-        terms, gaps = query.ledger(self._network, x, self._chords, rules, functional)
-        found = query.contributions(
-            self._network, x, self._chords, self.example_ids, rules, functional,
-            [gap[:, 0] for gap in gaps] if complete else None,
-        )  # fmt: skip
+        terms, gaps = query.ledger(self._network, x, self._path, rules, functional)
+        lost = [gap[:, 0] for gap in gaps] if complete else None
+        shares = query.shares(self._network, x, self._path, rules, functional, lost)
+        ids, contributions = strongest_contributions(shares, top_k)
         ledger = {name: value[:, 0] for name, value in terms.items()}
-        return strongest(found, self.example_ids, top_k, bias(ledger) + ledger["examples"], ledger)
+        return Explanation(bias(ledger) + ledger["examples"], ids, contributions, ledger)
 
     def kernel(
         self,
@@ -273,7 +323,7 @@ class KernelMachine:
     ) -> Tensor:  # fmt: skip
         second = None if x2 is None else (x2, functional_of(output_fn, target2))
         first = (x, functional_of(output_fn, target))
-        return query.kernel(self._network, first, second, self._chords, rules)
+        return query.kernel(self._network, first, second, self._path, rules)
 
     def coefficients(
         self, x: Any, x_train: Any, ids: Tensor, target: Tensor, target_train: Tensor | None = None
@@ -318,8 +368,9 @@ class KernelMachine:
             One number per example.
         """
         out = torch.zeros(len(self.example_ids), dtype=torch.float64)
-        for chord in self._chords:
-            out.index_add_(0, torch.searchsorted(self.example_ids, chord.example_ids), chord.self_inner.double())
+        for examples in self._path.examples:
+            for ids, values in examples.influences():
+                out.index_add_(0, torch.searchsorted(self.example_ids, ids), values.double())
         return out.float()
 
     # chunks
@@ -327,8 +378,8 @@ class KernelMachine:
     def _rules(self, x: Any) -> list[QuadratureRule]:
         """A quadrature rule for every chord, on these inputs."""
         if self._rtol is None:
-            return [gauss_legendre(self._points)] * len(self._chords)
-        return [query.rule_within(self._network, x, chord, self._rtol) for chord in self._chords]
+            return [gauss_legendre(self._points)] * len(self._path)
+        return [query.rule_within(self._network, x, chord, self._rtol) for chord in self._path]
 
     def _targets(self, x: Any, target: Tensor | None) -> Tensor:
         if target is None:

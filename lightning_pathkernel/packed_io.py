@@ -15,6 +15,7 @@ The machine's ledger is taken along the path as stored, with the numbers as stor
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ import torch
 from torch import Tensor
 
 from lightning_pathkernel.chord import Chord
-from lightning_pathkernel.chord_io import FACTORS, MALFORMED, check_chord, chord_facts, chord_name
+from lightning_pathkernel.chord_io import FACTORS, MALFORMED, check_parts, chord_facts, chord_name
+from lightning_pathkernel.example_rows import ExampleRows
 from lightning_pathkernel.names import decode_names, encode_names
 from lightning_pathkernel.packing import (
     Groups,
@@ -32,12 +34,18 @@ from lightning_pathkernel.packing import (
     pack_logarithms,
     pack_rows,
     unpack,
-    unpack_rows,
 )
 from lightning_pathkernel.sketch import KroneckerSketch, from_grid, pivots_of, to_grid
-from lightning_pathkernel.store import ArtifactError, read_group, write_group
+from lightning_pathkernel.store import ArtifactError, CheckedFile, TensorFile, facts_of, write_group
+from lightning_pathkernel.stored_chord import StoredChord
+from lightning_pathkernel.stored_rows import StoredRows
 
-__all__ = ["Node", "read_packed", "write_packed"]
+__all__ = ["EXAMPLES", "Node", "read_packed", "read_parts", "write_packed", "write_reduced"]
+
+EXAMPLES = ("example_ids", "rows", "self_inner", "exponents", "rest", "row_exponents")
+"""Tensors of the group ``rows`` that hold examples; the others are the sketch's second stage."""
+_STAGE_BYTES = 64 << 20
+"""A second stage's map in memory may take so much, or 64 times the file that it comes from."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,35 @@ def write_packed(directory: Path, chord: Chord, before: Node | None, last: bool,
     return Node(end, dict(chord.end_buffers))
 
 
+def write_reduced(directory: Path, file: TensorFile, chord: StoredChord, kept: ExampleRows, gone: Tensor) -> None:
+    """Publish a chord of an artifact without some of its examples; all that stays is copied as it is stored.
+
+    Args:
+        directory: Where.
+        file: The chord's file.
+        chord: The chord, already without them: their displacement is part of its residual.
+        kept: Its examples without them.
+        gone: Ids that were left out, of this chord or others.
+    """
+    groups: Groups = {}
+    for full in file.entries:
+        group, _, name = full.partition("/")
+        if group != "names" and not (group == "rows" and name in EXAMPLES):
+            groups.setdefault(group, {})[name] = file.get(full)
+    groups.setdefault("rows", {}).update(StoredRows(file).codes(gone))
+    names = {key: name for key, name in chord.names.items() if not bool((gone == key).any())}
+    if names:
+        groups["names"] = {"utf8": encode_names(names)}
+    facts = facts_of(file)
+    if chord.examples is kept:  # it lost some
+        whole = [name for name in facts["unattributed"] if name not in chord.sketches]
+        for group in ("residual", "residual.exponents"):
+            groups.pop(group, None)
+        pack_blocks("residual", {n: v for n, v in chord.residual.items() if n not in whole and bool(v.any())}, groups)
+        facts["unattributed"] = whole
+    write_group(directory / file.name, groups, facts)
+
+
 def _same(one: Any, two: Any) -> bool:
     return one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
 
@@ -130,7 +167,7 @@ def _others(pivots: Tensor, count: int) -> Tensor:
 
 
 def read_packed(path: Path, before: Node | None) -> tuple[Chord, Node]:
-    """Read a chord of an artifact back.
+    """Read a chord of an artifact back, its examples too, with nothing that vouches for the file.
 
     Args:
         path: A file that `write_packed` wrote.
@@ -142,15 +179,56 @@ def read_packed(path: Path, before: Node | None) -> tuple[Chord, Node]:
     Raises:
         ArtifactError: If the file is damaged, or its parts do not fit together.
     """
-    groups, facts = read_group(path)
+    file = TensorFile(CheckedFile(path))
     try:
-        return _assembled(groups, facts, before or Node({}, {}))
+        names = decode_names(file.get("names/utf8")) if "names" in file.groups() else {}
+        chord, node = read_parts(file, before, StoredRows(file), {}, lambda: names)
+        return chord.held(), node
     except MALFORMED as error:
         raise ArtifactError(f"{path.name}: not a chord: {error!r}") from error
+    finally:
+        file.file.close()
 
 
-def _assembled(groups: Groups, facts: dict[str, Any], known: Node) -> tuple[Chord, Node]:
-    stored = groups["rows"]
+def read_parts(
+    file: TensorFile,
+    before: Node | None,
+    examples: ExampleRows,
+    later: Mapping[str, Tensor],
+    names: Callable[[], Mapping[int, str]],
+) -> tuple[StoredChord, Node]:
+    """Read a chord of an artifact, all but its examples.
+
+    Args:
+        file: The chord's file.
+        before: The node at which it begins; None for the first one.
+        examples: Its examples.
+        later: Parameters that begin to learn in later chords, where they stand until then.
+        names: Reads its names.
+
+    Returns:
+        The chord, and the node at which it ends.
+
+    Raises:
+        ArtifactError: If the file is damaged, or its parts do not fit together.
+    """
+    try:
+        groups: Groups = {}
+        for full in file.entries:
+            group, _, name = full.partition("/")
+            if group != "names" and not (group == "rows" and name in EXAMPLES):
+                groups.setdefault(group, {})[name] = file.get(full)
+        chord = _assembled(groups, file, before or Node({}, {}), examples, names)
+    except MALFORMED as error:
+        raise ArtifactError(f"{file.name}: not a chord: {error!r}") from error
+    node = Node(chord.weights(1.0), dict(chord.end_buffers))
+    return replace(chord, start={**later, **chord.start}), node
+
+
+def _assembled(
+    groups: Groups, file: TensorFile, known: Node, examples: ExampleRows, names: Callable[[], Mapping[int, str]]
+) -> StoredChord:
+    facts = facts_of(file)
     start = {**known.weights, **groups.get("start", {})}
     end = groups.get("end", {})
     if end and (end.keys() != start.keys() or "delta" in groups):
@@ -158,19 +236,32 @@ def _assembled(groups: Groups, facts: dict[str, Any], known: Node) -> tuple[Chor
     _check_like("end", end, start)
     delta = {name: end[name] - weight for name, weight in start.items()} if end else unpack("delta", groups)
     residual = {**unpack("residual", groups), **{name: delta[name] for name in facts["unattributed"]}}
-    integers = stored["example_ids"]
-    ids = integers.long() if integers.dtype is torch.int32 else integers
-    chord = Chord(
+    chord = StoredChord(
         int(facts["index"]), int(facts["first_step"]), int(facts["last_step"]), float(facts["learning_time"]),
-        ids, unpack_rows(stored), stored["self_inner"], _unpacked_sketches(groups, facts), None, start, delta,
+        examples, _unpacked_sketches(groups, facts), None, start, delta,
         groups.get("start_buffers", known.buffers), groups.get("end_buffers", {}),
-        unpack("preconditioner", groups), unpack("decay", groups), residual,
-        names=decode_names(groups["names"]["utf8"]) if "names" in groups else {}, end=end,
+        unpack("preconditioner", groups), unpack("decay", groups), residual, end, names,
     )  # fmt: skip
     features = sum(sketch.features for sketch in chord.sketches.values())
-    chord = replace(chord, second_stage=_unpacked_stage(stored, features))
-    check_chord(chord)
-    return chord, Node(chord.weights(1.0), dict(chord.end_buffers))
+    chord = replace(chord, second_stage=_unpacked_stage(groups.get("rows", {}), features, file.file.size))
+    width = check_parts(chord)
+    if examples.width != width:
+        raise ValueError(f"rows of {examples.width} numbers, expected {width}")
+    _check_finite(chord)
+    return chord
+
+
+def _check_finite(chord: StoredChord) -> None:
+    """Buffers may hold infinities (masks do); what the path is made of may not."""
+    maps = {"start": chord.start, "delta": chord.delta, "preconditioner": chord.preconditioner, "decay": chord.decay,
+            "residual": chord.residual}  # fmt: skip
+    maps |= {f"factor of {name!r}": sketch.tensors() for name, sketch in chord.sketches.items()}
+    if chord.second_stage is not None:
+        maps["second stage"] = {"all": chord.second_stage}
+    for kind, values in maps.items():
+        for name, value in values.items():
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"{kind}: {name!r} is not finite")
 
 
 def _check_like(kind: str, values: dict[str, Tensor], like: dict[str, Tensor]) -> None:
@@ -200,7 +291,7 @@ def _unpacked(name: str, codes: Tensor, exponents: Tensor) -> Tensor:
     return from_grid(codes, exponents)
 
 
-def _unpacked_stage(stored: dict[str, Tensor], features: int) -> Tensor | None:
+def _unpacked_stage(stored: dict[str, Tensor], features: int, file_size: int) -> Tensor | None:
     """The second stage's query map, whose size is checked before it is allocated."""
     codes, exponents, pivots = (stored.get(name) for name in ("second_stage", "stage_exponents", "pivots"))
     if codes is None or (exponents is None and pivots is None):
@@ -208,6 +299,8 @@ def _unpacked_stage(stored: dict[str, Tensor], features: int) -> Tensor | None:
     if exponents is None or pivots is None or pivots.dtype is not torch.int32 or pivots.dim() != 1:
         raise ValueError("second stage without its exponents or pivots")
     k = len(pivots)
+    if 4 * k * features > max(_STAGE_BYTES, 64 * file_size):
+        raise ValueError(f"second stage of {k} x {features} in a file of {file_size} bytes")
     if codes.shape != (k, features - k) or len(torch.unique(pivots)) != k:
         raise ValueError(f"second stage of {tuple(codes.shape)} with {k} pivots for {features} features")
     if k and not 0 <= int(pivots.min()) <= int(pivots.max()) < features:

@@ -15,7 +15,18 @@ from torch import Tensor
 from lightning_pathkernel.network import Tensors
 from lightning_pathkernel.sketch import from_grid, to_grid
 
-__all__ = ["BLOCK", "Groups", "pack_blocks", "pack_integers", "pack_logarithms", "pack_rows", "unpack", "unpack_rows"]
+__all__ = [
+    "BLOCK",
+    "Groups",
+    "check_rows",
+    "decode_rows",
+    "pack_blocks",
+    "pack_integers",
+    "pack_logarithms",
+    "pack_rows",
+    "unpack",
+    "unpack_rows",
+]
 
 Groups = dict[str, dict[str, Tensor]]
 """Group -> name -> tensor, as in a file of the store."""
@@ -111,6 +122,8 @@ def _from_blocks(kind: str, name: str, codes: Tensor, exponents: Tensor) -> Tens
 def _from_logarithms(kind: str, name: str, codes: Tensor, scale: Tensor) -> Tensor:
     if codes.dtype is not torch.int16 or scale.dtype is not torch.float64 or scale.shape != (2,):
         raise ValueError(f"{kind} of {name!r}: {codes.dtype} with a scale {tuple(scale.shape)} {scale.dtype}")
+    if not bool(scale.isfinite().all()):
+        raise ValueError(f"{kind} of {name!r}: a scale that is not finite")
     least, step = (float(x) for x in scale)
     values = torch.exp2(least + (codes.double() + _OFFSET - 1) * step)
     return torch.where(codes == -_OFFSET, torch.zeros_like(values), values).float()
@@ -163,6 +176,51 @@ def _rounded_in_turn(rows: Tensor, steps: Tensor) -> Tensor:
     return torch.from_numpy(out).to(rows.device)
 
 
+def check_rows(stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> bool:
+    """Refuse parts of stored rows that do not fit together, by their types and shapes alone.
+
+    Args:
+        stored: Type and shape of ``rows`` and, where they are there, of ``exponents``, ``rest`` and ``row_exponents``.
+
+    Returns:
+        Whether the rows are packed.
+
+    Raises:
+        ValueError: If they do not fit together.
+        KeyError: If packed rows have no rest.
+    """
+    (dtype, shape), exponents = stored["rows"], stored.get("exponents")
+    if exponents is None:
+        if not dtype.is_floating_point or stored.keys() & {"rest", "row_exponents"}:
+            raise ValueError(f"rows of {dtype} without exponents")
+        return False
+    rest, each = stored["rest"], stored.get("row_exponents")
+    if len(shape) != 2 or 0 in shape or dtype is not (torch.float16 if each is None else torch.int8):
+        raise ValueError(f"rows {shape} of {dtype} with {'no ' if each is None else ''}row exponents")
+    if exponents[0] is not torch.int8 or rest[0] is not torch.float32:
+        raise ValueError(f"rows with exponents of {exponents[0]} and a rest of {rest[0]}")
+    if not exponents[1] == rest[1] == shape[1:]:
+        raise ValueError(f"rows {shape} with {exponents[1]} exponents, a rest {rest[1]}")
+    if each is not None and (each[0] is not torch.int8 or each[1] != shape[:1]):
+        raise ValueError(f"rows {shape} with {each[1]} row exponents of {each[0]}")
+    return True
+
+
+def decode_rows(codes: Tensor, exponents: Tensor, each: Tensor | None) -> Tensor:
+    """Packed rows without their rest.
+
+    Args:
+        codes: Float16, or int8 where there are row exponents, ``[V, k]``.
+        exponents: Of the columns, ``[k]``.
+        each: Of the rows, ``[V]``.
+
+    Returns:
+        The rows in double precision, ``[V, k]``.
+    """
+    out = codes.double() * torch.exp2(exponents.double())
+    return out if each is None else out * torch.exp2(each.double()).unsqueeze(1)
+
+
 def unpack_rows(stored: Mapping[str, Tensor]) -> Tensor:
     """Rows as `pack_rows` stored them.
 
@@ -175,26 +233,11 @@ def unpack_rows(stored: Mapping[str, Tensor]) -> Tensor:
     Raises:
         ValueError: If codes and exponents do not fit together.
     """
-    rows, exponents = stored["rows"], stored.get("exponents")
-    if exponents is None:
-        if not rows.is_floating_point() or stored.keys() & {"rest", "row_exponents"}:
-            raise ValueError(f"rows of {rows.dtype} without exponents")
-        return rows
-    rest, each = stored["rest"], stored.get("row_exponents")
-    if rows.dim() != 2 or not rows.numel() or rows.dtype is not (torch.float16 if each is None else torch.int8):
-        raise ValueError(f"rows {tuple(rows.shape)} of {rows.dtype} with {'no ' if each is None else ''}row exponents")
-    if exponents.dtype is not torch.int8 or rest.dtype is not torch.float32:
-        raise ValueError(f"rows with exponents of {exponents.dtype} and a rest of {rest.dtype}")
-    if not exponents.shape == rest.shape == rows.shape[1:]:
-        raise ValueError(
-            f"rows {tuple(rows.shape)} with {tuple(exponents.shape)} exponents, a rest {tuple(rest.shape)}"
-        )
-    out = rows.double() * torch.exp2(exponents.double())
-    if each is not None:
-        if each.dtype is not torch.int8 or each.shape != rows.shape[:1]:
-            raise ValueError(f"rows {tuple(rows.shape)} with {tuple(each.shape)} row exponents of {each.dtype}")
-        out *= torch.exp2(each.double()).unsqueeze(1)
-    out[int(out.abs().amax(1).argmax())] += rest.double()
+    parts = ("rows", "exponents", "rest", "row_exponents")
+    if not check_rows({name: (stored[name].dtype, tuple(stored[name].shape)) for name in parts if name in stored}):
+        return stored["rows"]
+    out = decode_rows(stored["rows"], stored["exponents"], stored.get("row_exponents"))
+    out[int(out.abs().amax(1).argmax())] += stored["rest"].double()
     return out.float()
 
 

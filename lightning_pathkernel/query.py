@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from lightning_pathkernel.capture import PerExampleGradient, matrix_shape
-from lightning_pathkernel.chord import Chord, QueryBuffer
+from lightning_pathkernel.chord import QueryBuffer
+from lightning_pathkernel.chord_path import ChordPath, PathChord
 from lightning_pathkernel.ledger import LEDGER_TERMS, chord_terms
 from lightning_pathkernel.network import Functional, Network, batch_size
 from lightning_pathkernel.path import QuadratureRule, gauss_legendre, integrate
+from lightning_pathkernel.ranking import ChordShare
 
-__all__ = ["contributions", "kernel", "ledger", "query_features", "rule_within", "sums"]
+__all__ = ["kernel", "ledger", "query_features", "rule_within", "shares", "sums"]
 
 
-def sums(network: Network, batch: object, chord: Chord, rule: QuadratureRule) -> tuple[Tensor, Tensor]:
+def sums(network: Network, batch: object, chord: PathChord, rule: QuadratureRule) -> tuple[Tensor, Tensor]:
     """Sum of all contributions of a chord, and its part of the bias (decay and buffers), ``[n, K]`` each."""
     directions = [chord.examples_direction(), *([chord.decay] if chord.decay else [])]
     totals: list[Tensor] = []
@@ -30,7 +32,7 @@ def sums(network: Network, batch: object, chord: Chord, rule: QuadratureRule) ->
     return totals[0], bias
 
 
-def rule_within(network: Network, batch: object, chord: Chord, rtol: float) -> QuadratureRule:
+def rule_within(network: Network, batch: object, chord: PathChord, rtol: float) -> QuadratureRule:
     """The Gauss-Legendre rule that integrates ``J . delta`` along a chord to a tolerance, on these inputs.
 
     Args:
@@ -50,7 +52,7 @@ def rule_within(network: Network, batch: object, chord: Chord, rtol: float) -> Q
 
 
 def query_features(
-    network: Network, batch: object, chord: Chord, rule: QuadratureRule, functional: Functional
+    network: Network, batch: object, chord: PathChord, rule: QuadratureRule, functional: Functional
 ) -> Tensor:
     """Sketch of ``D . integral of grad h(f(x))`` along a chord, ``[n, k]``: the query side of eq. (8)."""
     total: Tensor | None = None
@@ -64,56 +66,39 @@ def query_features(
     return total if chord.second_stage is None else total @ chord.second_stage.T
 
 
-def contributions(
+def shares(
     network: Network,
     batch: object,
-    chords: Sequence[Chord],
-    ids: Tensor,
+    path: ChordPath,
     rules: Sequence[QuadratureRule],
     functional: Functional,
     gaps: Sequence[Tensor] | None = None,
-) -> Tensor:
-    """``c_i(x)`` of eq. (7) for every example of ``ids [N]`` (sorted), ``[n, N]``.
+) -> list[ChordShare]:
+    """What the contributions ``c_i(x)`` of eq. (7) are made of, chord by chord, before any example is read.
 
     Args:
         network: The network.
         batch: Queries.
-        chords: The path.
-        ids: Sorted ids; the columns of the answer.
+        path: The path.
         rules: Quadrature along each chord.
         functional: The scalar that is explained.
         gaps: For each chord, what its sketch lost of the sum of contributions, ``[n]``: shared out by the control
             variate of docs/theory.md section 4. None for contributions as they are stored.
 
     Returns:
-        The contributions.
-
-    Raises:
-        ValueError: If there are no chords.
+        Each chord's share.
     """
-    out: Tensor | None = None
-    for index, (chord, rule) in enumerate(zip(chords, rules, strict=True)):
-        part = query_features(network, batch, chord, rule, functional) @ chord.rows.T
-        if gaps is not None:
-            part = part + gaps[index].unsqueeze(1) * _shares(chord.rows)
-        if out is None:
-            out = part.new_zeros(part.shape[0], len(ids))
-        out.index_add_(1, torch.searchsorted(ids, chord.example_ids), part)
-    if out is None:
-        raise ValueError("a machine without chords")
-    return out
-
-
-def _shares(rows: Tensor) -> Tensor:
-    """``gamma_i = <row_i, S> / |S|^2`` with ``S`` the sum of all rows; they add up to 1."""
-    total = rows.sum(0)
-    return rows @ total / (total @ total).clamp_min(1e-30)
+    lost = [None] * len(path) if gaps is None else gaps
+    return [
+        ChordShare(query_features(network, batch, chord, rule, functional), chord.examples, gap)
+        for chord, rule, gap in zip(path, rules, lost, strict=True)
+    ]
 
 
 def ledger(
     network: Network,
     batch: object,
-    chords: Sequence[Chord],
+    path: ChordPath,
     rules: Sequence[QuadratureRule],
     functional: Functional | None = None,
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -122,19 +107,19 @@ def ledger(
     Args:
         network: The network.
         batch: Queries.
-        chords: The path.
+        path: The path.
         rules: Quadrature along each chord.
         functional: The scalar that is accounted for; None for the outputs.
 
     Returns:
         Term -> ``[n, K]`` (``[n, 1]`` for a scalar), adding up to the network's own; and the sketch term of each chord.
     """
-    first = chords[0]
+    first = next(iter(path))
     initial = network.outputs(batch, first.start, first.start_buffers, functional)
     terms = {name: torch.zeros_like(initial) for name in LEDGER_TERMS}
     terms["initial"] = initial
     gaps = []
-    for chord, rule in zip(chords, rules, strict=True):
+    for chord, rule in zip(path, rules, strict=True):
         found = chord_terms(network, batch, chord.span(), rule, functional)
         gaps.append(found["sketch"])
         for name, value in found.items():
@@ -145,7 +130,7 @@ def ledger(
 class _Whole:
     """Collects a backward pass's per-example gradients, formed whole and scaled by the square root of D."""
 
-    def __init__(self, chord: Chord) -> None:
+    def __init__(self, chord: PathChord) -> None:
         self._chord = chord
         self.parts: dict[str, Tensor] = {}
 
@@ -160,7 +145,7 @@ class _Whole:
         self.parts[name] = self.parts[name] + part if name in self.parts else part
 
 
-def _roots(network: Network, batch: object, chord: Chord, t: float, functional: Functional) -> Mapping[str, Tensor]:
+def _roots(network: Network, batch: object, chord: PathChord, t: float, functional: Functional) -> Mapping[str, Tensor]:
     whole = _Whole(chord)
     network.per_example_gradients(batch, functional, whole, chord.weights(t), chord.end_buffers)
     return whole.parts
@@ -170,7 +155,7 @@ def kernel(
     network: Network,
     first: tuple[object, Functional],
     second: tuple[object, Functional] | None,
-    chords: Sequence[Chord],
+    path: ChordPath,
     rules: Sequence[QuadratureRule],
 ) -> Tensor:
     """The path kernel ``sum_c learning_time_c * integral of J D J'^T`` between two batches, ``[n, n2]``.
@@ -182,7 +167,7 @@ def kernel(
         network: The network.
         first: Queries and the scalar of each that is meant.
         second: The same of the other side; None for the first one again.
-        chords: The path.
+        path: The path.
         rules: Quadrature along each chord.
 
     Returns:
@@ -192,7 +177,7 @@ def kernel(
         ValueError: If there are no chords.
     """
     out: Tensor | None = None
-    for chord, rule in zip(chords, rules, strict=True):
+    for chord, rule in zip(path, rules, strict=True):
         for t, w in zip(rule.points, rule.weights, strict=True):
             one = _roots(network, *first[:1], chord, t, first[1])
             two = one if second is None else _roots(network, second[0], chord, t, second[1])

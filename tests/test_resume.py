@@ -140,7 +140,9 @@ def test_from_an_older_checkpoint_and_again_and_again(tmp_path: Path) -> None:
     run(root, adamw, {}, {}, [StopAfter(root / "14.ckpt", 14, older)])
     for checkpoint in (older[9], older[4]):  # later segments are set aside each time
         again = run(root, adamw, {}, {}, [StopAfter(root / "x.ckpt", 3)], checkpoint)
-    with pytest.raises(MisconfigurationException, match=r"open-000002\.safetensors is missing from the recording; a re"):
+    with pytest.raises(
+        MisconfigurationException, match=r"open-000002\.safetensors is missing from the recording; a re"
+    ):
         run(root, adamw, {}, {}, checkpoint=root / "14.ckpt")
     again = run(root, adamw, {}, {}, checkpoint=older[4])
     assert chain_of(again.recording_dir) == chain_of(whole.recording_dir)

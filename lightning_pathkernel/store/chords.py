@@ -3,42 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lightning_pathkernel.store.checked_file import CheckedFile
 from lightning_pathkernel.store.errors import ArtifactError
 from lightning_pathkernel.store.publish import publish_tensors
+from lightning_pathkernel.store.strict_json import parse_json
+from lightning_pathkernel.store.tensor_file import TensorFile
 
-__all__ = ["read_group", "read_tensors", "write_group"]
-
-_HEADER_LIMIT = 16 << 20
+__all__ = ["facts_of", "read_group", "read_tensors", "tensors_of", "write_group"]
 
 
 def write_group(path: Path, groups: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, object]) -> Path:
     """Publish named groups of tensors, stored as ``group/name``, with JSON-able facts beside them."""
     tensors = {f"{group}/{name}": t for group, named in groups.items() for name, t in named.items()}
     return publish_tensors(path, tensors, {"facts": json.dumps(dict(facts), sort_keys=True)})
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, its header's size checked; every way in which it may fail to be one is an `ArtifactError`."""
-    try:
-        with open(path, "rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-        if header > _HEADER_LIMIT:
-            raise ArtifactError(f"{path.name}: header of {header} bytes, at most {_HEADER_LIMIT} are accepted")
-        with safe_open(str(path), framework="pt", device="cpu") as handle:
-            yield handle
-    except ArtifactError:
-        raise
-    except (OSError, SafetensorError, ValueError, RuntimeError, OverflowError, TypeError) as error:
-        raise ArtifactError(f"{path.name}: cannot be read as safetensors: {error}") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -53,8 +36,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ArtifactError: If the file is missing, truncated or not such a file.
     """
-    with _opened(path) as handle:
-        return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
+    return tensors_of(TensorFile(CheckedFile(path)))
+
+
+def tensors_of(stored: TensorFile) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the metadata of a file that is open; its map is given up."""
+    try:
+        return {name: stored.get(name) for name in stored.entries}, stored.metadata
+    finally:
+        stored.file.close()
 
 
 def read_group(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, object]]:
@@ -69,13 +59,31 @@ def read_group(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, obje
     Raises:
         ArtifactError: If the file is not one of ours.
     """
-    tensors, metadata = read_tensors(path)
-    try:
-        facts = json.loads(metadata["facts"])
-    except (KeyError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path.name}: no readable facts in the header") from error
+    stored = TensorFile(CheckedFile(path))
+    facts = facts_of(stored)
     groups: dict[str, dict[str, Tensor]] = {}
-    for full, tensor in tensors.items():
+    for full, tensor in tensors_of(stored)[0].items():
         group, _, name = full.partition("/")
         groups.setdefault(group, {})[name] = tensor
     return groups, facts
+
+
+def facts_of(stored: TensorFile) -> dict[str, Any]:
+    """The facts beside the tensors of a file that `write_group` wrote.
+
+    Args:
+        stored: The file.
+
+    Returns:
+        The facts.
+
+    Raises:
+        ArtifactError: If there are none, or they are no JSON object.
+    """
+    try:
+        facts = parse_json(stored.metadata["facts"].encode("utf-8"))
+    except (KeyError, ValueError) as error:
+        raise ArtifactError(f"{stored.name}: no readable facts in the header: {error!r}") from error
+    if not isinstance(facts, dict):
+        raise ArtifactError(f"{stored.name}: the facts in the header are no JSON object")
+    return facts

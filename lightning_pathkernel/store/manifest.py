@@ -1,34 +1,71 @@
-"""The manifest of an artifact: every file, its size and sha256, and what the machine is of."""
+"""The manifest of an artifact: every file, its size and checksums, and what the machine is of."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from pathlib import Path, PurePosixPath
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from lightning_pathkernel.store.checked_file import CHUNK, CheckedFile, file_facts, open_regular
 from lightning_pathkernel.store.errors import ArtifactError
-from lightning_pathkernel.store.publish import sha256_of
+from lightning_pathkernel.store.migrations import current
+from lightning_pathkernel.store.strict_json import TEXT_LIMIT, parse_json
+from lightning_pathkernel.store.tensor_file import TensorFile
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "MANIFEST", "file_table", "read_manifest", "verify"]
+__all__ = ["CONSTANTS", "MANIFEST", "Manifest", "file_table", "parse_manifest", "plain_name", "read_manifest"]
 
 MANIFEST = "manifest.json"
-FORMAT = "lightning_pathkernel.machine"
-FORMAT_VERSION = [1, 0]
-_MANIFEST_LIMIT = 16 << 20
+CONSTANTS = "constants.safetensors"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,126}")
+_SIZE_LIMIT = 1 << 50
 
 
-def file_table(directory: Path) -> dict[str, dict[str, Any]]:
-    """Size in bytes and sha256 of every file of a directory but the manifest."""
-    files = sorted(p for p in directory.iterdir() if p.name != MANIFEST)
-    return {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files}
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest that was read, and the files that it lists.
+
+    Attributes:
+        directory: Where they are.
+        sha256: Of the manifest's own bytes.
+        contents: What it says, as of this version of the format.
+        files: Name -> file; each is there and has its size, none was read.
+    """
+
+    directory: Path
+    sha256: str
+    contents: dict[str, Any]
+    files: dict[str, CheckedFile]
+
+    def verify(self, expected_sha256: str | None = None) -> None:
+        """As the function of this name."""
+        if expected_sha256 is not None and self.sha256 != _digest(expected_sha256):
+            raise ArtifactError(
+                f"{MANIFEST}: sha256 {self.sha256}, {_digest(expected_sha256)} expected: another machine or altered"
+            )
+        for name, file in sorted(self.files.items()):
+            file.verify()
+            if name.endswith(".safetensors"):
+                TensorFile(file)
+                file.close()
+        extra = {p.name for p in self.directory.iterdir()} - set(self.files) - {MANIFEST}
+        if extra:
+            raise ArtifactError(f"{min(extra)}: not listed in {MANIFEST}")
 
 
-def _plain_name(name: str) -> bool:
-    return bool(name) and PurePosixPath(name).name == name and "\\" not in name and name not in (".", "..")
+def file_table(directory: Path) -> dict[str, dict[str, str | int]]:
+    """Size in bytes and checksums of every file of a directory but the manifest."""
+    return {p.name: file_facts(p) for p in sorted(directory.iterdir()) if p.name != MANIFEST}
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def plain_name(name: object) -> bool:
+    """Whether a name from a manifest may be a file's: letters, digits, dots, underscores and hyphens, no dot first."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None and name != MANIFEST
+
+
+def read_manifest(directory: Path) -> Manifest:
     """Read and check a manifest, without reading the files it lists.
 
     Args:
@@ -41,62 +78,58 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         ArtifactError: If it is missing, malformed, of another format, or lists a file that is missing or has another
             size.
     """
-    path = directory / MANIFEST
-    if not path.is_file():
-        raise ArtifactError(f"{directory} is not a kernel machine: it has no {MANIFEST}")
-    if path.stat().st_size > _MANIFEST_LIMIT:
-        raise ArtifactError(f"{MANIFEST}: larger than {_MANIFEST_LIMIT} bytes")
+    data = _manifest_bytes(directory)
+    contents = parse_manifest(data)
+    files: dict[str, CheckedFile] = {}
+    for name, facts in contents["files"].items():
+        files[name] = _listed(directory, name, facts, contents["version"])
+    _check_contents(contents)
+    return Manifest(directory, hashlib.sha256(data).hexdigest(), contents, files)
+
+
+def _manifest_bytes(directory: Path) -> bytes:
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        files, version = manifest["files"], manifest["version"]
-        known = manifest["format"] == FORMAT and version[0] == FORMAT_VERSION[0]
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        descriptor = open_regular(directory / MANIFEST)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{directory} is not a kernel machine: it has no {MANIFEST} ({error})") from error
+    try:
+        if os.fstat(descriptor).st_size > TEXT_LIMIT:
+            raise ArtifactError(f"{MANIFEST}: larger than {TEXT_LIMIT} bytes")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(TEXT_LIMIT + 1)
+    finally:
+        os.close(descriptor)
+
+
+def parse_manifest(data: bytes) -> dict[str, Any]:
+    """What a manifest says, its format and version checked, and its table of files to be there.
+
+    Args:
+        data: Its bytes.
+
+    Returns:
+        Its contents, as of this version of the format; nothing else of it is checked.
+
+    Raises:
+        ArtifactError: If it is malformed, or of another format.
+    """
+    try:
+        contents = parse_json(data)
+        files, _ = contents["files"], contents["version"]
+        contents = current(contents)
+    except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{MANIFEST}: malformed: {error!r}") from error
-    if not known:
-        raise ArtifactError(
-            f"{MANIFEST}: format {manifest['format']!r} {version}, this version reads {FORMAT!r} {FORMAT_VERSION[0]}.x"
-        )
-    _check_contents(manifest)
-    for name, facts in files.items():
-        _check_size(directory, name, facts)
-    return dict(manifest)
+    if not isinstance(files, dict):
+        raise ArtifactError(f"{MANIFEST}: malformed: files is not a table")
+    return contents
 
 
-def _check_contents(manifest: dict[str, Any]) -> None:
-    """Refuse a manifest that lacks what a machine needs, or lists it in another form."""
-    files, chords, module = manifest["files"], manifest.get("chords"), manifest.get("module")
-    wrong = None
-    if manifest.get("required_features") != []:
-        wrong = f"required_features {manifest.get('required_features')!r}, this version has none"
-    elif not isinstance(files, dict):
-        wrong = "files is not a table"
-    elif bad := [name for name, facts in files.items() if not isinstance(facts, dict)]:
-        wrong = f"no facts of {min(bad)}"
-    elif (
-        not isinstance(chords, list)
-        or not chords
-        or chords != [f"chord-{i:06d}.safetensors" for i in range(len(chords))]
-    ):
-        wrong = "chords is not the list of all chords in order"
-    elif sorted(chords) != sorted(n for n in files if n.startswith("chord-")) or "constants.safetensors" not in files:
-        wrong = "the chords or the constants are not those of the table of files"
-    elif not isinstance(module, dict) or not all(_described(module.get(kind)) for kind in ("parameters", "buffers")):
-        wrong = "module does not describe parameters and buffers"
-    elif not all("trainable" in facts for facts in module["parameters"].values()):
-        wrong = "module does not say which parameters are trainable"
-    if wrong:
-        raise ArtifactError(f"{MANIFEST}: malformed: {wrong}")
-
-
-def _described(tensors: object) -> bool:
-    return isinstance(tensors, dict) and all(
-        isinstance(facts, dict) and {"shape", "dtype"} <= facts.keys() for facts in tensors.values()
-    )
-
-
-def _check_size(directory: Path, name: str, facts: dict[str, Any]) -> None:
-    if not _plain_name(name):
-        raise ArtifactError(f"{MANIFEST}: {name!r} is not a plain file name")
+def _listed(directory: Path, name: str, facts: Any, version: list[int]) -> CheckedFile:
+    """A file of the table, which is there and has its size."""
+    if not plain_name(name):
+        raise ArtifactError(f"{MANIFEST}: {name[:200]!r} is not a plain file name")
+    if not isinstance(facts, dict):
+        raise ArtifactError(f"{MANIFEST}: malformed: no facts of {name}")
     path = directory / name
     try:
         there = path.is_file() and not path.is_symlink()
@@ -104,29 +137,61 @@ def _check_size(directory: Path, name: str, facts: dict[str, Any]) -> None:
         there = False
     if not there:
         raise ArtifactError(f"{name}: listed in {MANIFEST}, but there is no such file")
-    if path.stat().st_size != facts.get("bytes"):
-        raise ArtifactError(f"{name}: {path.stat().st_size} bytes, {facts.get('bytes')} expected: truncated or altered")
+    checked = CheckedFile(path)
+    if checked.size != facts.get("bytes"):
+        raise ArtifactError(f"{name}: {checked.size} bytes, {facts.get('bytes')} expected: truncated or altered")
+    wrong = _wrong_facts(facts, version)
+    if wrong:
+        raise ArtifactError(f"{MANIFEST}: malformed: {wrong} of {name}")
+    checked.facts = facts
+    return checked
 
 
-def verify(path: str | Path, expected_sha256: str | None = None) -> None:
-    """Read every byte of an artifact and compare it with its manifest.
+def _wrong_facts(facts: dict[str, Any], version: list[int]) -> str | None:
+    size, whole, sums = facts["bytes"], facts.get("sha256"), facts.get("crc32c")
+    if type(size) is not int or not 0 <= size <= _SIZE_LIMIT:
+        return "bytes"
+    if not isinstance(whole, str) or not re.fullmatch("[0-9a-f]{64}", whole):
+        return "sha256"
+    if sums is None and version == [1, 0]:
+        return None
+    digits = 8 * -(-size // CHUNK)
+    if not isinstance(sums, str) or len(sums) != digits or not re.fullmatch("[0-9a-f]*", sums):
+        return "crc32c"
+    return None
 
-    Args:
-        path: The artifact's directory.
-        expected_sha256: The sha256 that the manifest must have, if its author told you.
 
-    Raises:
-        ArtifactError: Naming the first bad file.
-    """
-    directory = Path(path)
-    manifest = read_manifest(directory)
-    if expected_sha256 is not None:
-        found = hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest()
-        if found != expected_sha256:
-            raise ArtifactError(f"{MANIFEST}: sha256 {found}, {expected_sha256} expected: another machine or altered")
-    for name, facts in sorted(manifest["files"].items()):
-        if sha256_of(directory / name) != facts.get("sha256"):
-            raise ArtifactError(f"{name}: its sha256 is not the manifest's: damaged or altered")
-    extra = {p.name for p in directory.iterdir()} - set(manifest["files"]) - {MANIFEST}
-    if extra:
-        raise ArtifactError(f"{min(extra)}: not listed in {MANIFEST}")
+def _check_contents(manifest: dict[str, Any]) -> None:
+    """Refuse a manifest that lacks what a machine needs, or lists it in another form."""
+    files, chords, module = manifest["files"], manifest.get("chords"), manifest.get("module")
+    wrong = None
+    if (
+        not isinstance(chords, list)
+        or not chords
+        or chords != [f"chord-{i:06d}.safetensors" for i in range(len(chords))]
+    ):
+        wrong = "chords is not the list of all chords in order"
+    elif sorted(chords) != sorted(n for n in files if n.startswith("chord-")) or CONSTANTS not in files:
+        wrong = "the chords or the constants are not those of the table of files"
+    elif not isinstance(module, dict) or not all(_described(module.get(kind)) for kind in ("parameters", "buffers")):
+        wrong = "module does not describe parameters and buffers"
+    elif not all(isinstance(facts.get("trainable"), bool) for facts in module["parameters"].values()):
+        wrong = "module does not say which parameters are trainable"
+    if wrong:
+        raise ArtifactError(f"{MANIFEST}: malformed: {wrong}")
+
+
+def _described(tensors: object) -> bool:
+    return isinstance(tensors, dict) and all(
+        isinstance(facts, dict)
+        and isinstance(facts.get("dtype"), str)
+        and isinstance(facts.get("shape"), list)
+        and all(type(d) is int and d >= 0 for d in facts["shape"])
+        for facts in tensors.values()
+    )
+
+
+def _digest(expected: str) -> str:
+    if not re.fullmatch("[0-9a-fA-F]{64}", expected):
+        raise ValueError(f"expected_sha256 must be 64 hexadecimal digits, found {expected[:80]!r}")
+    return expected.lower()

@@ -74,7 +74,12 @@ def test_an_export_overwrites_nothing(recording: Path, tmp_path: Path) -> None:
     assert names(tmp_path) == ["empty", "file", "full", "recording"]
 
 
-@pytest.mark.parametrize("site", ["file_table", "publish_json", "publish", "publish_tensors"])
+WRITER = "artifact_writer"
+
+
+@pytest.mark.parametrize(
+    "site", [f"{WRITER}.file_table", f"{WRITER}.publish_json", f"{WRITER}.publish", "exporter.publish_tensors"]
+)
 def test_a_failing_export_leaves_nothing(
     site: str, recording: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,7 +89,7 @@ def test_a_failing_export_leaves_nothing(
     (tmp_path / "empty").mkdir()
     exporter, before = KernelMachineExporter(recording), files(recording)
     with monkeypatch.context() as patch:
-        patch.setattr(f"lightning_pathkernel.exporter.{site}", fails)
+        patch.setattr(f"lightning_pathkernel.{site}", fails)
         for out in ("out", "empty"):
             with pytest.raises(OSError, match="disk full"):
                 exporter.export(tmp_path / out)

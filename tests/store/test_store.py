@@ -194,7 +194,7 @@ MANIFESTS: dict[str, tuple[bytes | Callable[[dict], object], str]] = {
     "no version": (lambda m: m.pop("version"), "malformed"),
     "empty version": (lambda m: m.update(version=[]), "malformed"),
     "version that is a number": (lambda m: m.update(version=0), "malformed"),
-    "another format": (lambda m: m.update(format="other"), r"format 'other' \[1, 0\], this version reads"),
+    "another format": (lambda m: m.update(format="other"), r"format 'other' \[1, 1\], this version reads"),
     "a newer major version": (lambda m: m.update(version=[2, 0]), r"\[2, 0\], this version reads .* 1\.x"),
     "an older major version": (lambda m: m.update(version=[0, 1]), r"\[0, 1\], this version reads .* 1\.x"),
     "an unknown required feature": (lambda m: m.update(required_features=["rotation"]), "rotation"),

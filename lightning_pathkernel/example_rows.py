@@ -1,0 +1,162 @@
+"""What a chord holds of its training examples, in memory or in a file, read block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Block", "ExampleRows", "HeldRows", "KeptRows", "block_length"]
+
+_BLOCK_BYTES = 1 << 20
+_BLOCK_ROWS = 2048
+
+
+def block_length(row_bytes: int) -> int:
+    """Rows of a block: about a megabyte, at most 2,048."""
+    return max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // max(row_bytes, 1)))
+
+
+class Block(NamedTuple):
+    """Some of a chord's examples, in the order of their ids.
+
+    Attributes:
+        ids: Ascending, ``[b]``.
+        rows: Their rows, ``[b, k]``.
+    """
+
+    ids: Tensor
+    rows: Tensor
+
+
+class ExampleRows(Protocol):
+    """The examples of one chord."""
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        ...
+
+    def blocks(self) -> Iterator[Block]:
+        """All of them, ids ascending."""
+        ...
+
+    def influences(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Ids and self inner products, block by block."""
+        ...
+
+    @property
+    def total(self) -> Tensor:
+        """Sum of the rows, ``[k]``."""
+        ...
+
+    def held(self) -> HeldRows:
+        """All of it in memory."""
+        ...
+
+
+class HeldRows:
+    """Examples in memory.
+
+    Args:
+        example_ids: Ascending, ``[V]``.
+        rows: ``[V, k]``.
+        self_inner: ``[V]``.
+    """
+
+    def __init__(self, example_ids: Tensor, rows: Tensor, self_inner: Tensor) -> None:
+        self.example_ids, self.rows, self.self_inner = example_ids, rows, self_inner
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row."""
+        return self.rows.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.example_ids)
+
+    def blocks(self) -> Iterator[Block]:
+        """All of them, ids ascending."""
+        length = block_length(self.rows.shape[1] * self.rows.element_size())
+        for start in range(0, len(self), length):
+            yield Block(self.example_ids[start : start + length], self.rows[start : start + length])
+
+    def influences(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Ids and self inner products."""
+        yield self.example_ids, self.self_inner
+
+    @cached_property
+    def total(self) -> Tensor:
+        """Sum of the rows, ``[k]``, in double precision on the way: rows mostly cancel."""
+        return self.rows.sum(0, dtype=torch.float64).to(self.rows.dtype)
+
+    def held(self) -> HeldRows:
+        """Itself."""
+        return self
+
+
+class KeptRows:
+    """A chord's examples without some of them.
+
+    Args:
+        whole: All of them.
+        gone: Ids to leave out.
+    """
+
+    def __init__(self, whole: ExampleRows, gone: Tensor) -> None:
+        self.whole, self.gone = whole, gone
+
+    @cached_property
+    def _sums(self) -> tuple[int, Tensor, Tensor]:
+        """Number of examples left, sum of their rows, and sum of those left out."""
+        count, like = 0, self.whole.total
+        kept, lost = (torch.zeros_like(like, dtype=torch.float64) for _ in range(2))
+        for ids, rows in self.whole.blocks():
+            out = torch.isin(ids, self.gone)
+            kept += rows[~out].double().sum(0)
+            lost += rows[out].double().sum(0)
+            count += int((~out).sum())
+        return count, kept.to(like.dtype), lost.to(like.dtype)
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row."""
+        return self.whole.width
+
+    def __len__(self) -> int:
+        return self._sums[0]
+
+    @property
+    def total(self) -> Tensor:
+        """Sum of the rows that are left, ``[k]``."""
+        return self._sums[1]
+
+    @property
+    def lost(self) -> Tensor:
+        """Sum of the rows that were left out, ``[k]``."""
+        return self._sums[2]
+
+    def blocks(self) -> Iterator[Block]:
+        """Those that are left, ids ascending."""
+        for ids, rows in self.whole.blocks():
+            kept = ~torch.isin(ids, self.gone)
+            yield Block(ids[kept], rows[kept])
+
+    def influences(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Ids and self inner products of those that are left."""
+        for ids, values in self.whole.influences():
+            kept = ~torch.isin(ids, self.gone)
+            yield ids[kept], values[kept]
+
+    def held(self) -> HeldRows:
+        """All of it in memory."""
+        whole = self.whole.held()
+        kept = ~torch.isin(whole.example_ids, self.gone)
+        return HeldRows(whole.example_ids[kept], whole.rows[kept], whole.self_inner[kept])
