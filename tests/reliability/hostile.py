@@ -24,9 +24,8 @@ from tests.store.artifacts import MANIFEST, edit, network
 __all__ = ["MEMORY", "SECONDS", "HostileReport", "campaign", "kinds"]
 
 MEMORY, SECONDS = 64 << 20, 1.0
+_BLOCK, _NOTED = 24, 4 << 20
 _OTHERS = (None, True, -1, 1.5, 2**63, "x", [], {}, ["x"], {"x": "x"})
-_DESCRIPTIVE = ("optimizer", "settings", "ids", "libraries", "module_class", "created", "recording", "metrics")
-"""What a manifest says for people to read: another value there may be let pass, if every answer stays the same."""
 
 
 @dataclass
@@ -80,6 +79,18 @@ def _changed(path: tuple[Any, ...], do: Callable[[Any, Any], object]) -> Change:
     return change
 
 
+@dataclass(frozen=True)
+class _Judgement:
+    """What became of one artifact."""
+
+    name: str
+    seconds: float
+    grown: int
+    refused: bool | None
+    odd: list[str]
+    same: bool
+
+
 class _Bench:
     def __init__(self, root: Path) -> None:
         self.root, self.sound = root, made(root / "sound") / "machine"
@@ -88,84 +99,92 @@ class _Bench:
             raise RuntimeError(f"the sound machine does not answer: {ended}")
         self.answer: str = ended.value
 
-    def prepared(self, name: str, change: Change) -> Path:
+    def prepared(self, number: int, change: Change) -> Path:
         """A copy of the artifact in a directory of its own, changed."""
-        place = self.root / "hostile"
-        shutil.rmtree(place, ignore_errors=True)
+        place = self.root / f"hostile-{number}"
         place.mkdir()
         machine = Path(shutil.copytree(self.sound, place / "machine"))
         change(machine)
         return machine
 
-    def judged(self, machine: Path, with_verify: bool = True) -> tuple[list[Any], str | None]:
-        """In a child: what verify, load and the first answers say.
+    def judged(self, changes: list[tuple[str, Change]]) -> Iterator[_Judgement]:
+        """What verify, load and the first answers say of each artifact; many of them in one child."""
+        left = list(changes)
+        while left:
+            block = left[:_BLOCK]
+            machines = [self.prepared(number, change) for number, (_, change) in enumerate(block)]
+            work = [(machine, "terabyte" not in name) for machine, (name, _) in zip(machines, block, strict=True)]
+            ended = forked(lambda work=work: self._judge(work), timeout=120, memory=2 << 30)  # type: ignore[misc]
+            for machine in machines:
+                shutil.rmtree(machine.parent)
+            if ended.value is None and len(block) == 1:
+                yield _Judgement(block[0][0], 0.0, 0, None, [f"signal {ended.signal}, {ended.error}"], False)
+                left = left[1:]
+            elif ended.value is None:  # one of them took the child down: each in a child of its own
+                for one in block:
+                    yield from self.judged([one])
+                left = left[len(block) :]
+            else:
+                for found, (name, _) in zip(ended.value, block, strict=False):
+                    yield _Judgement(name, *found)
+                left = left[len(ended.value) :]
 
-        Returns:
-            Seconds, bytes and what became of it; and what went wrong with the child.
-        """
-
-        def work() -> list[Any]:
-            module = network()
-            answers(self.sound, module)  # libraries are mapped, code is read: what follows is the artifact's doing
-            found: dict[str, Any] = {}
-
-            def ask() -> None:
-                found["same"] = answers(machine, module) == self.answer
-
-            results = [measured(lambda: verify(machine))] if with_verify else []
-            results.append(measured(ask))
+    def _judge(self, work: list[tuple[Path, bool]]) -> list[Any]:
+        """In a child: one after another, up to one that takes memory, which would be there for the next."""
+        module, found = network(), []
+        answers(self.sound, module)  # libraries are mapped, code is read: what follows is the artifact's doing
+        for machine, with_verify in work:
+            same: list[bool] = []
+            results = [measured(lambda machine=machine: verify(machine))] if with_verify else []  # type: ignore[misc]
+            results.append(
+                measured(lambda machine=machine, same=same: same.append(answers(machine, module) == self.answer))
+            )
             errors = [error for error, _, _ in results]
             odd = [repr(e)[:300] for e in errors if e is not None and not isinstance(e, ArtifactError)]
-            texts = [str(e)[:300] for e in errors if isinstance(e, ArtifactError)]
-            refused_by = "load" if errors[-1] is not None else "verify" if texts else None
-            # what verify lets pass is measured at load; what load lets pass has to be found by verify
-            first = next((i for i, e in enumerate(errors) if e is not None), len(errors) - 1)
-            spent = max(seconds for _, seconds, _ in results[first:])
-            return [spent, max(grown for _, _, grown in results[first:]), refused_by, odd, texts, found.get("same")]
-
-        ended = forked(work, timeout=60, memory=2 << 30)
-        wrong = None if ended.value is not None else f"signal {ended.signal}, {ended.error}"
-        return ended.value or [], wrong
+            refused = any(isinstance(error, ArtifactError) for error in errors)
+            # what verify lets pass is measured when it is loaded and asked
+            counted = [result for result in results if result[0] is not None] or results[-1:]
+            grown = max(grown for _, _, grown in counted)
+            found.append([max(spent for _, spent, _ in counted), grown, refused, odd, same == [True]])
+            if max(grown for _, _, grown in results) > _NOTED:
+                break
+        return found
 
 
 def campaign(root: Path, count: int | None, seed: int = 0) -> HostileReport:
-    """Offer every kind of hostile artifact, and manifests with one value missing or of another type.
+    """Offer hostile artifacts of every kind, and manifests with one value missing or of another type.
 
     Args:
         root: An empty directory.
-        count: How many of the latter; None for all of them.
-        seed: Which of the latter to begin with.
+        count: How many of each of the two; None for all of them.
+        seed: Which one to begin with.
     """
     bench, report = _Bench(root), HostileReport()
-    for name, change in kinds().items():
+    for found in bench.judged(_spread(list(kinds().items()), count, seed)):
         report.kinds += 1
-        wrong = _offered(bench, name, change, report)
+        report.most, report.slowest = max(report.most, found.grown), max(report.slowest, found.seconds)
+        wrong = _wrong(found)
         report.refused += not wrong
-        report.wrong += [f"{name}: {line}" for line in wrong]
+        report.wrong += [f"{found.name}: {line}" for line in wrong]
     changes = list(values(json.loads((bench.sound / MANIFEST).read_text())))
-    step = 1 if count is None else max(1, len(changes) // max(1, count))
-    for name, change in changes[seed % step :: step]:
-        result, wrong_child = bench.judged(bench.prepared(name, change))
-        if wrong_child or result[3]:
-            report.wrong.append(f"value: {name}: {wrong_child or result[3]}")
-        elif result[2] is not None:
-            report.values["refused"] += 1
-        elif result[5]:
-            report.values["same answers"] += 1
+    for found in bench.judged(_spread(changes, count, seed)):
+        if found.odd:
+            report.wrong.append(f"value: {found.name}: {found.odd}")
+        elif found.refused or found.same:
+            report.values["refused" if found.refused else "same answers"] += 1
         else:
-            report.wrong.append(f"value: {name}: let pass, with other answers")
+            report.wrong.append(f"value: {found.name}: let pass, with other answers")
     return report
 
 
-def _offered(bench: _Bench, name: str, change: Change, report: HostileReport) -> list[str]:
-    result, wrong = bench.judged(bench.prepared(name, change), "terabyte" not in name)
-    if wrong:
-        return [wrong]
-    seconds, grown, refused_by, odd, _, _ = result
-    report.most, report.slowest = max(report.most, grown), max(report.slowest, seconds)
-    lines = [f"raised {line}" for line in odd]
-    lines += [] if refused_by or odd else ["was let pass"]
-    lines += [f"took {seconds:.2f} s"] if seconds > SECONDS else []
-    lines += [f"took {grown >> 20} MB"] if grown > MEMORY else []
-    lines += ["ran code"] if os.path.exists("/tmp/pathkernel-was-here") else []
-    return lines
+def _spread(items: list[tuple[str, Change]], count: int | None, seed: int) -> list[tuple[str, Change]]:
+    step = 1 if count is None else max(1, len(items) // count)
+    return items[seed % step :: step]
+
+
+def _wrong(found: _Judgement) -> list[str]:
+    lines = [f"raised {line}" for line in found.odd]
+    lines += [] if found.refused or found.odd else ["was let pass"]
+    lines += [f"took {found.seconds:.2f} s"] if found.seconds > SECONDS else []
+    lines += [f"took {found.grown >> 20} MB"] if found.grown > MEMORY else []
+    return lines + (["ran code"] if os.path.exists("/tmp/pathkernel-was-here") else [])

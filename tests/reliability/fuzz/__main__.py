@@ -1,0 +1,52 @@
+"""The target under atheris: ``python -m tests.reliability.fuzz -runs=1000000`` and other options of libFuzzer.
+
+The first byte of an input chooses the door. Inputs that escape are written as libFuzzer does it, to ``crash-*``.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["lightning_pathkernel"]):
+    import lightning_pathkernel  # noqa: F401
+
+from tests.reliability.fuzz import DOORS, Target, mutated, seeds
+
+
+def main() -> None:
+    """Fuzz until libFuzzer ends the process."""
+    warnings.simplefilter("ignore")
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    root = Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory))
+    sound, node = seeds(root / "seeds")
+    corpus = root / "corpus"
+    corpus.mkdir()
+    for number, door in enumerate(DOORS):
+        for index, data in enumerate(sound[door]):
+            (corpus / f"{door.replace(' ', '-')}-{index}").write_bytes(bytes([number]) + data)
+    (root / "place").mkdir()
+    target = Target(root / "place", node)
+
+    def one_input(data: bytes) -> None:
+        if data:
+            target(DOORS[data[0] % len(DOORS)], data[1:])
+
+    def mutate(data: bytes, max_size: int, seed: int) -> bytes:
+        rng = random.Random(seed)
+        if len(data) < 2 or rng.random() < 0.2:
+            return atheris.Mutate(data, max_size)
+        return (data[:1] + mutated(data[1:], rng))[:max_size]
+
+    atheris.Setup([*sys.argv, "-max_len=65536", "-timeout=10", str(corpus)], one_input, custom_mutator=mutate)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
