@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
-from tests.reliability import audit, damage, faults, fuzz, hostile, kills, sharing
+from tests.reliability import audit, damage, faults, hostile, kills, sharing
 from tests.reliability.counts import COUNTS
+from tests.reliability.fuzz.plain import plain
 from tests.reliability.sample import made
 
 __all__ = ["CAMPAIGNS"]
@@ -44,7 +45,7 @@ CAMPAIGNS: dict[str, Callable[[Path, int | None, int], Any]] = {
     "flips": lambda root, count, seed: damage.flips(root, count or 1, seed, 2500),
     "truncations": lambda root, count, seed: damage.truncations(root, count or 1, seed, 2500),
     "hostile": hostile.campaign,
-    "fuzz": lambda root, count, seed: fuzz.plain(root, count or 1, seed),
+    "fuzz": lambda root, count, seed: plain(root, count or 1, seed),
     "audit": _audit,
     "readers": lambda root, count, seed: sharing.readers(root, count or 1, seed),
     "writers": lambda root, count, seed: sharing.writers(root, count or 1, seed),

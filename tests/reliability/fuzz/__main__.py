@@ -15,9 +15,9 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["lightning_pathkernel"]):
-    import lightning_pathkernel  # noqa: F401
-
-from tests.reliability.fuzz import DOORS, Target, mutated, seeds
+    from tests.reliability.fuzz.doors import DOORS, Target
+    from tests.reliability.fuzz.mutations import mutated
+    from tests.reliability.fuzz.seeds import seeds
 
 
 def main() -> None:
