@@ -7,20 +7,24 @@ does past it.
 from __future__ import annotations
 
 import os
+import pickle
+import socket
+import subprocess
 import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
 from typing import Any
 
 import lightning_pathkernel
 from lightning_pathkernel import verify
 from tests.reliability.forks import Ended, forked
 from tests.reliability.sample import answers
-from tests.store.artifacts import network
+from tests.store.artifacts import edit, network
 
-__all__ = ["FORBIDDEN", "audited"]
+__all__ = ["DEEDS", "FORBIDDEN", "AuditReport", "audited", "campaign"]
 
 FORBIDDEN = (
     "pickle.find_class", "marshal.loads", "exec", "compile", "import", "os.system", "os.exec", "os.fork", "os.forkpty",
@@ -105,8 +109,75 @@ def audited(machine: Path, work: Callable[[], Any] | None = None) -> Ended:
             else:
                 verify(machine)
                 answers(machine, module)
+        except ModuleNotFoundError:
+            pass
         finally:
             hook.on = False
         return [dict(hook.seen), hook.wrong]
 
     return forked(child)
+
+
+@dataclass
+class AuditReport:
+    """What the hook saw.
+
+    Attributes:
+        events: How many events of which name, while an artifact was verified, loaded and asked.
+        shown: Forbidden deeds, each done on purpose, that the hook reported.
+        wrong: Every finding, empty if all went well.
+    """
+
+    events: dict[str, int] = field(default_factory=dict)
+    shown: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+
+DEEDS: dict[str, Callable[[Path], object]] = {
+    "unpickling": lambda machine: pickle.loads(pickle.dumps(PurePath("x"))),
+    "a command": lambda machine: os.system("true"),
+    "a process": lambda machine: subprocess.run(["true"], check=True),
+    "a socket": lambda machine: socket.socket().close(),
+    "eval": lambda machine: eval("1 + 1"),
+    "an import": lambda machine: __import__("this_module_is_named_in_the_artifact"),
+    "a file elsewhere": lambda machine: open("/etc/hostname").close(),
+    "a file beside it": lambda machine: open(machine.parent / "x", "a").close(),
+    "a change of it": lambda machine: open(machine / "README.md", "a").close(),
+}
+"""What a loader must not do; each is done once, to see that the hook would tell."""
+
+
+def campaign(machine: Path) -> AuditReport:
+    """Watch an artifact being read whose every text names a module that lies in wait, and its like.
+
+    Args:
+        machine: A sound artifact; it is changed.
+    """
+    report = AuditReport()
+    _baited(machine)
+    ended = audited(machine)
+    if ended.value is None:
+        report.wrong.append(f"reading: {ended.error or ended.signal}")
+    else:
+        report.events, report.wrong = ended.value
+    for name, deed in DEEDS.items():
+        found = audited(machine, lambda deed=deed: deed(machine))  # type: ignore[misc]
+        if found.value is not None and found.value[1]:
+            report.shown.append(name)
+        else:
+            report.wrong.append(f"{name} went unseen")
+    return report
+
+
+def _baited(machine: Path) -> None:
+    """Import paths and commands wherever a manifest has words that nothing checks."""
+    bait = "this_module_is_named_in_the_artifact"
+    words = {
+        "module_class": f"{bait}.Machine",
+        "loader": f"{bait}:load",
+        "_target_": f"{bait}.run",
+        "command": "os.system",
+    }
+    edit(machine, lambda manifest: manifest.update(words))
+    edit(machine, lambda manifest: manifest["settings"].update(words))
+    edit(machine, lambda manifest: manifest["libraries"].update({bait: "1"}))

@@ -14,7 +14,9 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import resource
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +29,7 @@ from tests.reliability.shim import FAULTS, Operation, Shim
 from tests.reliability.training import checkpoints, train
 from tests.reliability.trees import differences, final, torn, tree
 
-__all__ = ["FaultReport", "crashes", "exporting", "recording", "stopping"]
+__all__ = ["FaultReport", "crashes", "exporting", "full_disk", "recording", "stopping"]
 
 
 @dataclass
@@ -163,7 +165,7 @@ def _goes_on(run: Path, expected: dict[str, str]) -> list[str]:
     """Resume from the latest checkpoint, undisturbed."""
     found = checkpoints(run)
     if not found:
-        shutil.rmtree(run)
+        shutil.rmtree(run, ignore_errors=True)
     ended = forked(lambda: train(run, found[-1] if found else None))
     if ended.error or ended.signal:
         return [f"cannot be resumed: {ended.error or ended.signal}"]
@@ -184,9 +186,7 @@ def stopping(root: Path, count: int | None, seed: int) -> FaultReport:
         if ended.value != fits.ended.value:
             fits.report.raised += 1
             wrong.append(f"training did not go on to the same weights: {ended.error or ended.signal}")
-        exported = forked(lambda run=run: export(run / "run" / "recording", run / "exported"))  # type: ignore[misc]
-        if exported.value is None:
-            wrong.append(f"cannot be exported: {exported.error or exported.signal}")
+        wrong += _exportable(run)
         fits.report.wrong += [f"{where}: {line}" for line in wrong]
         shutil.rmtree(run)
     return fits.report
@@ -245,6 +245,47 @@ def exporting(root: Path, count: int | None, seed: int) -> FaultReport:
         where = f"{fault} at operation {number}, {fired.place} {fired.kind} {fired.path}"
         fits.report.wrong += [f"{where}: {line}" for line in filter(None, wrong)]
     return fits.report
+
+
+def full_disk(root: Path, count: int | None, seed: int) -> FaultReport:
+    """A limit of the kernel's own, without the shim: no file may grow beyond a size drawn at random (RLIMIT_FSIZE).
+
+    Args:
+        root: An empty directory.
+        count: Limits to try, half of them with ``on_store_error="stop_recording"``; None for 20.
+        seed: Of the limits.
+    """
+    fits, rng = _Fits(root), random.Random(seed)
+    largest = max(len(content) for content in _contents(root / "reference" / "run").values())
+    for number in range(20 if count is None else count):
+        run, limit, stopping = root / f"run-{number}", rng.randrange(largest), number % 2 == 1
+        ended = forked(lambda run=run, limit=limit, stopping=stopping: _limited(run, limit, stopping))  # type: ignore[misc]
+        fits.report.injected += 1
+        fits.report.raised += ended.value is None
+        wrong = torn(run / "run", fits.expected)
+        if ended.value is None:
+            wrong += ["training did not go on"] if stopping else []
+            wrong += [] if ended.error and "File too large" in ended.error[1] else [f"{ended.error or ended.signal}"]
+        elif ended.value != fits.ended.value:
+            wrong.append("other weights")
+        if stopping:
+            wrong += _exportable(run)
+        fits.report.wrong += [f"files of at most {limit} bytes: {line}" for line in wrong]
+        shutil.rmtree(run)
+    return fits.report
+
+
+def _limited(run: Path, limit: int, stopping: bool) -> Any:
+    """A fit in which no file of the recording may grow beyond a limit; no checkpoints are written."""
+    (run / "run").mkdir(parents=True)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    return train(run, checkpoint=False, on_store_error="stop_recording" if stopping else "raise")
+
+
+def _exportable(run: Path) -> list[str]:
+    ended = forked(lambda: export(run / "run" / "recording", run / "exported"))
+    return [] if ended.value is not None else [f"cannot be exported: {ended.error or ended.signal}"]
 
 
 # crashes

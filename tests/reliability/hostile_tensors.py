@@ -203,7 +203,7 @@ HEADERS: dict[str, Change] = {
         f"a tensor named {name!r:.30}": header(
             lambda h, name=name: h.update({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}})
         )
-        for name in ("../../x", "/etc/passwd", "start/../../x", "start/a\0b", "", "x" * 100_000, "__class__", "rows/x")
+        for name in ("../../x", "/etc/passwd", "start/../../x", "start/a\0b", "x\ny", "", "x" * 100_000, "start/__class__")
     },
 }
 
@@ -308,7 +308,6 @@ CHORDS: dict[str, Change] = {
     "no rest": chord(lambda t, f: t.pop("rows/rest")),
     "row exponents of floats": chord(shaped("rows/exponents", lambda t: t.float())),
     "row exponents too few": chord(shaped("rows/exponents", lambda t: t[1:])),
-    "self inner products of NaN": chord(spoilt("rows/self_inner", float("nan"))),
     "self inner products of integers": chord(shaped("rows/self_inner", lambda t: t.long())),
     "self inner products too few": chord(shaped("rows/self_inner", lambda t: t[1:])),
     "a preconditioner's scale of NaN": chord(spoilt("preconditioner.scale", float("nan"))),
@@ -353,8 +352,6 @@ CHORDS: dict[str, Change] = {
     "a name of no integer": utf8('{"x":"a"}'),
     "a name of 2^63": utf8(f'{{"{2**63}":"a"}}'),
     "names in floats": chord(lambda t, f: t.update({"names/utf8": torch.zeros(4)})),
-    "20 MB of names": utf8(b'{"1":"' + b"x" * (20 << 20) + b'"}'),
-    "500,000 names": utf8("{" + ",".join(f'"{i}":""' for i in range(500_000)) + "}"),
     "constants too few": chord(lambda t, f: t.pop(sorted(t)[0]), CONSTANTS),
     "constants too many": chord(lambda t, f: t.update(x=torch.zeros(3)), CONSTANTS),
     "constants of another shape": chord(lambda t, f: t.update({k: v.flatten()[:1] for k, v in t.items()}), CONSTANTS),

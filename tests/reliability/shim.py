@@ -138,8 +138,8 @@ class Shim:
         def call(path: Any, *args: Any, **options: Any) -> Any:
             with self._lock:
                 inside = self.under(path)
-                exists = os.path.lexists(path)
-                if inside is not None and exists != (kind == "mkdir"):
+                possible = os.path.lexists(path) != (kind == "mkdir") and os.path.isdir(os.path.dirname(path) or ".")
+                if inside is not None and possible:
                     self.step(kind, inside)
                 return real(path, *args, **options)
 
