@@ -85,9 +85,8 @@ def measure(directory: Path, blocks: int, show: Callable[[str], None]) -> None:
     show("| at 64 KiB per step | figure |")
     show("|---|---|")
     show(f"| median step without storage | {1e3 * statistics.median(plain) / _STEPS:.3f} ms |")
-    show(
-        f"| handing over, in the training thread, amortised over a chord: median | {statistics.median(amortised):.4f} ms |"
-    )
+    median = statistics.median(amortised)
+    show(f"| handing over, in the training thread, amortised over a chord: median | {median:.4f} ms |")
     show(f"| the same and every flush (checkpoints each {_PER_CHECKPOINT} steps): mean | {in_thread:.4f} ms |")
     show(f"| of it the flushes | {flushes:.4f} ms |")
     show(f"| a checkpoint's flush: median | {1e3 * statistics.median(saved):.2f} ms |")
