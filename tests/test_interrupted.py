@@ -90,8 +90,8 @@ def test_a_checkpoint_on_an_exception_can_be_resumed(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", adamw, {}, {})
     root = tmp_path / "broken"
     saver = pl.callbacks.OnExceptionCheckpoint(root, "on_exception")
+    breaks = Breaks("on_before_backward", 9, lambda: RuntimeError("mine"))
     with pytest.raises(RuntimeError, match="mine"):
-        breaks = Breaks("on_before_backward", 9, lambda: RuntimeError("mine"))
         run(root, adamw, {}, {"enable_checkpointing": True}, [breaks, saver])
     # this loader does not give the batch in progress a second time: the epoch is one step shorter
     again = run(root, adamw, {}, {}, checkpoint=root / "on_exception.ckpt")

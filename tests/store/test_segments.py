@@ -62,6 +62,10 @@ ODD = {
 }
 
 
+def raw(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
 def test_a_segment_comes_back_bit_for_bit_and_is_plain_safetensors(own: Path) -> None:
     said = header(5, note='"crc32c":"00000000" ü')
     digest = write_segment(own, said, {"a": ODD, "b/c": {"x": ODD["scalar"]}})
@@ -76,9 +80,7 @@ def test_a_segment_comes_back_bit_for_bit_and_is_plain_safetensors(own: Path) ->
             for value in (found.groups["a"][name], other.get_tensor(f"a/{name}")):
                 assert value.dtype == tensor.dtype
                 assert value.shape == tensor.shape
-                assert (
-                    value.contiguous().view(-1).view(torch.uint8).equal(tensor.contiguous().view(-1).view(torch.uint8))
-                )
+                assert raw(value).equal(raw(tensor))
 
 
 def test_what_is_written_depends_on_nothing_but_what_is_said(tmp_path: Path) -> None:
@@ -106,26 +108,25 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(own: Path, monkeypa
     assert (own / segment_name("chord", 0)).read_bytes() == before
 
 
-def test_every_flipped_bit_of_a_small_segment_is_found(own: Path) -> None:
+def test_a_flipped_bit_in_any_byte_of_a_small_segment_is_found(own: Path) -> None:
     write_segment(own, header(2), {"a": {"x": torch.arange(4.0)}})
     path = own / segment_name("chord", 2)
     whole = path.read_bytes()
     for position in range(len(whole)):
-        for bit in (0, 3, 7):
-            data = bytearray(whole)
-            data[position] ^= 1 << bit
-            path.write_bytes(data)
-            with refused(r"^rank-0000/segment-000002\.safetensors: "):
-                read_segment(path)
+        data = bytearray(whole)
+        data[position] ^= 1 << position % 8
+        path.write_bytes(data)
+        with refused(r"^rank-0000/segment-000002\.safetensors: "):
+            read_segment(path)
     path.write_bytes(whole)
     read_segment(path)
 
 
-def test_every_truncation_and_every_addition_is_found(own: Path) -> None:
+def test_truncations_and_additions_are_found(own: Path) -> None:
     write_segment(own, header(2), {"a": {"x": torch.arange(4.0)}})
     path = own / segment_name("chord", 2)
     whole = path.read_bytes()
-    for size in range(len(whole)):
+    for size in range(0, len(whole), 3):
         path.write_bytes(whole[:size])
         with refused(r"^rank-0000/segment-000002\.safetensors: "):
             read_segment(path)
@@ -227,7 +228,7 @@ def test_an_error_of_the_thread_surfaces_at_the_next_call_and_nothing_follows_it
 
     monkeypatch.setattr(os, "fsync", fails)
     made.put("chord", (1, 2), {}, {"a": ODD})
-    with pytest.raises(StoreError, match="No space left on device.* 1 segments are safe in"):
+    with pytest.raises(StoreError, match=r"No space left on device.* 1 segments are safe in"):
         made.flush()
     monkeypatch.undo()
     for call in (made.check, made.flush, lambda: made.put("chord", (2, 3), {}, {})):
