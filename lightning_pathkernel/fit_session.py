@@ -282,6 +282,8 @@ class FitSession:
             What a checkpoint has to say that is written from now on.
         """
         state = self.save()
+        if not self.recording:
+            return state
         with self.store.guarded():
             self.recorder.finish()
             self.store.end(self.recorder.steps, {"history": self.history}, together=True)

@@ -140,9 +140,7 @@ def test_from_an_older_checkpoint_and_again_and_again(tmp_path: Path) -> None:
     run(root, adamw, {}, {}, [StopAfter(root / "14.ckpt", 14, older)])
     for checkpoint in (older[9], older[4]):  # later segments are set aside each time
         again = run(root, adamw, {}, {}, [StopAfter(root / "x.ckpt", 3)], checkpoint)
-    with pytest.raises(
-        MisconfigurationException, match=r"open-000002\.safetensors is missing from the recording; a re"
-    ):
+    with pytest.raises(MisconfigurationException, match="altered, or written after another resume from an earl"):
         run(root, adamw, {}, {}, checkpoint=root / "14.ckpt")
     again = run(root, adamw, {}, {}, checkpoint=older[4])
     assert chain_of(again.recording_dir) == chain_of(whole.recording_dir)
@@ -184,6 +182,7 @@ def test_a_finished_fit_goes_on_for_longer(tmp_path: Path) -> None:
     assert longer.fidelity([digits()[1].tensors[0]])["fidelity"] > 0.95
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 def test_a_loader_that_shuffles_anew_is_recorded_as_it_was_drawn(tmp_path: Path) -> None:
     """Lightning begins such an epoch again from another order: what is recorded is what was trained on."""
     drawn: list[Tensor] = []
