@@ -12,6 +12,7 @@ from lightning_pathkernel.fingerprint import check_module, check_state, load_con
 from lightning_pathkernel.names import merge_names
 from lightning_pathkernel.store import (
     CONSTANTS,
+    LocalCopy,
     Manifest,
     TensorFile,
     download,
@@ -43,8 +44,18 @@ def read_machine(
     Raises:
         ArtifactError: If the artifact is damaged, of another format or not of this module.
     """
-    owner = download(str(path)) if is_url(path) else Path(path)
-    manifest = read_manifest(owner if isinstance(owner, Path) else Path(owner.name))
+    copy_here = download(str(path)) if is_url(path) else LocalCopy(Path(path))
+    try:
+        return _read(copy_here, module, expected_sha256)
+    except BaseException:
+        copy_here.delete()
+        raise
+
+
+def _read(
+    copy_here: LocalCopy, module: nn.Module, expected_sha256: str | None
+) -> tuple[nn.Module, StoredPath, Manifest]:
+    manifest = read_manifest(copy_here.path)
     if expected_sha256 is not None:
         manifest.verify(expected_sha256)
     described = manifest.contents["module"]
@@ -53,7 +64,7 @@ def read_machine(
     for name, parameter in private.named_parameters():
         parameter.requires_grad_(described["parameters"][name]["trainable"])
     load_constants(private, tensors_of(TensorFile(manifest.files[CONSTANTS]))[0])
-    stored = StoredPath([manifest.files[name] for name in manifest.contents["chords"]], owner)
+    stored = StoredPath([manifest.files[name] for name in manifest.contents["chords"]], copy_here)
     for file in stored.files:
         check_state(private, _state(file, "start", "start_buffers", "end", "end_buffers"), whole=False)
     starts = [_state(file, "start") for file in stored.files]

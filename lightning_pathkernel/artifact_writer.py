@@ -26,12 +26,14 @@ from lightning_pathkernel.store import (
     MANIFEST,
     CheckedFile,
     Manifest,
+    TensorFile,
     file_table,
     fsync_directory,
     is_url,
     publish,
     publish_json,
     publish_tensors,
+    read_manifest,
     upload,
 )
 from lightning_pathkernel.stored_path import ReducedPath, StoredPath
@@ -96,11 +98,14 @@ def _taken(place: Path) -> str:
 
 
 def seal(staged: Path, facts: Mapping[str, Any]) -> None:
-    """Write the manifest, when all other files are there.
+    """Write the manifest, when all other files are there, and see that what is written can be opened.
 
     Args:
         staged: The artifact's directory.
         facts: What the manifest says beside its format, its files and the libraries.
+
+    Raises:
+        ArtifactError: If it is beyond the format's limits: too many parameters, for example.
     """
     manifest = {
         "format": FORMAT,
@@ -112,6 +117,10 @@ def seal(staged: Path, facts: Mapping[str, Any]) -> None:
         **facts,
     }
     publish_json(staged / MANIFEST, manifest)
+    for name, file in read_manifest(staged).files.items():
+        if name.endswith(".safetensors"):
+            TensorFile(file)
+            file.close()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -24,6 +25,7 @@ from lightning_pathkernel.optim import UnsupportedOptimizerError
 from lightning_pathkernel.sketch import SKETCHES
 from lightning_pathkernel.store import ArtifactError, HeldError
 from lightning_pathkernel.trainer_checks import FitError, check_trainer
+from lightning_pathkernel.uploads import upload_machine
 
 __all__ = ["PathKernelCallback"]
 
@@ -64,6 +66,9 @@ class PathKernelCallback(_Callback):
             whose gradient cannot be split), or ``allow`` it: then it goes to the ledger's ``unattributed`` term.
         positions: Record every position of a sequence (token) as a row of its own: the number of positions that all
             examples have. Position j of example i has the id ``i * positions + j``. 0 for whole examples.
+        log_artifact: Upload the exported machine through the Trainer's loggers when fitting ends: as an artifact by
+            `WandbLogger` and `MLFlowLogger`; `TensorBoardLogger`, which keeps no files, gets the machine's card as
+            text. A logger that takes none, and an upload that fails, is a warning that names it.
         tolerance: Drift at which a chord ends; None for a schedule, dense in early training. The drift is a number
             without unit: the relative displacement of the weights since the node, ``|w - w_a| / |w_a|``, root mean
             square over the weight matrices, together with a tenth of the relative change of Adam's preconditioner.
@@ -95,6 +100,7 @@ class PathKernelCallback(_Callback):
         positions: int = 0,
         tolerance: float | None = None,
         on_store_error: str = "raise",
+        log_artifact: bool = False,
     ) -> None:
         for name, value in (("sketch_dim", sketch_dim), ("nodes", nodes)):
             if value < 1:
@@ -124,6 +130,7 @@ class PathKernelCallback(_Callback):
         self.positions = positions
         self.tolerance = tolerance
         self.on_store_error = on_store_error
+        self.log_artifact = log_artifact
         self.machine_dir: Path | None = None
         self.recording_dir: Path | None = None
         self._saved: dict[str, Any] = {}
@@ -277,6 +284,16 @@ class PathKernelCallback(_Callback):
             saved = self._session.finish()
             self._release(trainer)
             self._saved = saved
+            if self.log_artifact and trainer.is_global_zero:
+                self._upload(trainer)
+
+    def _upload(self, trainer: pl.Trainer) -> None:
+        """Nothing is uploaded where there is no machine: nothing was learned, or ``export=False``."""
+        if self.machine_dir is None or not (self.machine_dir / "manifest.json").is_file():
+            warnings.warn("PathKernelCallback: log_artifact=True, but no machine was exported.", stacklevel=2)
+            return
+        for told in upload_machine(self.machine_dir, trainer.loggers, trainer.global_step):
+            rank_zero_info(f"PathKernelCallback: machine uploaded by {told}.")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave no hook behind, and a recording that can be exported up to here."""

@@ -68,6 +68,9 @@ def write_packed(directory: Path, chord: Chord, before: Node | None, last: bool,
 
     Returns:
         The node at which it ends.
+
+    Raises:
+        ArtifactError: If a number of it is not finite: nobody could load it.
     """
     known = before or Node({}, {})
     start = {name: known.weights.get(name, weight) for name, weight in chord.start.items()}
@@ -91,10 +94,18 @@ def write_packed(directory: Path, chord: Chord, before: Node | None, last: bool,
         "example_ids": pack_integers(chord.example_ids), "self_inner": chord.self_inner,
         **pack_rows(chord.rows, row_bits), **_packed_stage(chord.second_stage),
     }  # fmt: skip
+    _check_writable(chord_name(chord.index), groups)
     if chord.names:
         groups["names"] = {"utf8": encode_names(chord.names)}
     write_group(directory / chord_name(chord.index), groups, {**chord_facts(chord), "unattributed": whole})
     return Node(end, dict(chord.end_buffers))
+
+
+def _check_writable(file: str, groups: Groups) -> None:
+    for group in ("start", "end", "delta", "preconditioner", "decay", "residual", *FACTORS, "rows"):
+        for name, value in groups.get(group, {}).items():
+            if value.is_floating_point() and name != "self_inner" and not bool(value.isfinite().all()):
+                raise ArtifactError(f"{file}: {group}/{name} is not finite: the recording cannot be exported")
 
 
 def write_reduced(directory: Path, file: TensorFile, chord: StoredChord, kept: ExampleRows, gone: Tensor) -> None:
@@ -121,7 +132,8 @@ def write_reduced(directory: Path, file: TensorFile, chord: StoredChord, kept: E
         whole = [name for name in facts["unattributed"] if name not in chord.sketches]
         for group in ("residual", "residual.exponents"):
             groups.pop(group, None)
-        pack_blocks("residual", {n: v for n, v in chord.residual.items() if n not in whole and bool(v.any())}, groups)
+        # as it is: beside rows that cancel, their displacement may be much larger than what is left of it
+        groups["residual"] = {n: v for n, v in chord.residual.items() if n not in whole and bool(v.any())}
         facts["unattributed"] = whole
     write_group(directory / file.name, groups, facts)
 
@@ -277,10 +289,13 @@ def _unpacked_sketches(groups: Groups, facts: dict[str, Any]) -> dict[str, Krone
         if not exponents.keys() <= codes.keys():
             raise ValueError(f"exponents of {kind} for no factors")
         factors[kind] = {n: _unpacked(n, c, exponents[n]) if n in exponents else c for n, c in codes.items()}
-    return {
+    sketches = {
         name: KroneckerSketch(rows, columns, None, None, *(factors[kind].get(name) for kind in FACTORS))
         for name, rows, columns in facts["sketches"]
     }
+    if len(sketches) != len(facts["sketches"]):
+        raise ValueError("two sketches of one parameter")
+    return sketches
 
 
 def _unpacked(name: str, codes: Tensor, exponents: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from lightning_pathkernel.store.publish import (
     remove_temporaries,
     sha256_of,
 )
-from lightning_pathkernel.store.remote import download, is_url, local_copy, upload
+from lightning_pathkernel.store.remote import LocalCopy, download, is_url, local_copy, upload
 from lightning_pathkernel.store.segments import Segment, SegmentHeader, read_segment, segment_name, write_segment
 from lightning_pathkernel.store.tensor_file import TensorEntry, TensorFile
 from lightning_pathkernel.store.trees import pack_tree, unpack_tree
@@ -37,6 +37,7 @@ __all__ = [
     "CheckedFile",
     "Head",
     "HeldError",
+    "LocalCopy",
     "Manifest",
     "Segment",
     "SegmentHeader",

@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import google_crc32c
 
@@ -85,7 +86,7 @@ class _Maps:
                 found = file, mmap.mmap(descriptor, file.size, access=mmap.ACCESS_READ), descriptor
             except OSError as error:
                 os.close(descriptor)
-                raise ArtifactError(f"{file.name}: cannot be mapped: {error}") from error
+                raise ArtifactError(f"{file.name}: cannot be mapped: {error}", file.name) from error
             self._open[id(file)] = found
             while len(self._open) > _OPEN_MAPS:
                 self.drop(next(iter(self._open.values()))[0])
@@ -135,12 +136,14 @@ class CheckedFile:
             known = os.fstat(descriptor)
             os.close(descriptor)
         except (OSError, ValueError) as error:
-            raise ArtifactError(f"{path.name}: cannot be read: {error}") from error
+            raise ArtifactError(f"{path.name}: cannot be read: {error}", path.name) from error
         self.size = known.st_size
         self._identity = known.st_dev, known.st_ino, known.st_size
         self._changed = known.st_mtime_ns, known.st_ctime_ns
         if facts is not None and self.size != facts["bytes"]:
-            raise ArtifactError(f"{self.name}: {self.size} bytes, {facts['bytes']} expected: truncated or altered")
+            raise ArtifactError(
+                f"{self.name}: {self.size} bytes, {facts['bytes']} expected: truncated or altered", self.name
+            )
         self._checked = bytearray(-(-self.size // CHUNK))
 
     def opened(self) -> int:
@@ -148,7 +151,7 @@ class CheckedFile:
         try:
             descriptor = open_regular(self.path)
         except OSError as error:
-            raise ArtifactError(f"{self.name}: cannot be read: {error}") from error
+            raise ArtifactError(f"{self.name}: cannot be read: {error}", self.name) from error
         try:
             self._check_identity(descriptor)
         except ArtifactError:
@@ -160,7 +163,9 @@ class CheckedFile:
         """Just before a map is read: reading beyond the end of a file that has shrunk would end the process."""
         now = os.fstat(descriptor)
         if (now.st_dev, now.st_ino, now.st_size) != self._identity:
-            raise ArtifactError(f"{self.name}: replaced or resized since it was opened: load the machine again")
+            raise ArtifactError(
+                f"{self.name}: replaced or resized since it was opened: load the machine again", self.name
+            )
         if (now.st_mtime_ns, now.st_ctime_ns) != self._changed:
             self._changed = now.st_mtime_ns, now.st_ctime_ns
             self._checked = bytearray(len(self._checked))
@@ -179,7 +184,7 @@ class CheckedFile:
             ArtifactError: If a chunk that holds some of them is not the manifest's; it is named.
         """
         if not 0 <= start <= stop <= self.size:
-            raise ArtifactError(f"{self.name}: bytes {start} to {stop} of {self.size}: truncated or altered")
+            raise ArtifactError(f"{self.name}: bytes {start} to {stop} of {self.size}: truncated or altered", self.name)
         if start == stop:
             return bytearray()
         with _MAPS.lock:
@@ -210,7 +215,7 @@ class CheckedFile:
             found = f"{google_crc32c.value(mapped[start : start + CHUNK]):08x}"
             mapped.madvise(mmap.MADV_DONTNEED, start, min(CHUNK, self.size - start))
             if found != sums[8 * index : 8 * index + 8]:
-                raise ArtifactError(damaged_chunk(self.name, index, self.size))
+                _refuse_chunk(self.name, index, self.size)
             self._checked[index] = 1
 
     def _check_whole(self, mapped: mmap.mmap) -> None:
@@ -220,7 +225,7 @@ class CheckedFile:
         for start in range(0, self.size, CHUNK):
             digest.update(mapped[start : start + CHUNK])
         if self.facts is not None and digest.hexdigest() != self.facts["sha256"]:
-            raise ArtifactError(f"{self.name}: its sha256 is not the manifest's: damaged or altered")
+            raise ArtifactError(f"{self.name}: its sha256 is not the manifest's: damaged or altered", self.name)
         self._checked = bytearray(b"\1" * len(self._checked))
 
     def verify(self) -> None:
@@ -238,23 +243,24 @@ class CheckedFile:
                 whole.update(chunk)
                 size += len(chunk)
                 if isinstance(sums, str) and f"{google_crc32c.value(chunk):08x}" != sums[8 * index : 8 * index + 8]:
-                    raise ArtifactError(damaged_chunk(self.name, index, self.size))
+                    _refuse_chunk(self.name, index, self.size)
         except OSError as error:
-            raise ArtifactError(f"{self.name}: cannot be read: {error}") from error
+            raise ArtifactError(f"{self.name}: cannot be read: {error}", self.name) from error
         finally:
             os.close(descriptor)
         if size != self.size or whole.hexdigest() != self.facts["sha256"]:
-            raise ArtifactError(f"{self.name}: its sha256 is not the manifest's: damaged or altered")
+            raise ArtifactError(f"{self.name}: its sha256 is not the manifest's: damaged or altered", self.name)
 
     def close(self) -> None:
         """Give the map up; reading again makes a new one."""
         _MAPS.close([self])
 
 
-def damaged_chunk(name: str, index: int, size: int) -> str:
-    """What is said of a chunk whose CRC32C is not the manifest's."""
+def _refuse_chunk(name: str, index: int, size: int) -> NoReturn:
     start, stop = index * CHUNK, min((index + 1) * CHUNK, size)
-    return (
+    raise ArtifactError(
         f"{name}: its sha256 is not the manifest's, and the first chunk whose CRC32C is not is {index}, "
-        f"bytes {start} to {stop - 1}: damaged or altered"
+        f"bytes {start} to {stop - 1}: damaged or altered",
+        name,
+        index,
     )

@@ -52,7 +52,7 @@ class Manifest:
                 file.close()
         extra = {p.name for p in self.directory.iterdir()} - set(self.files) - {MANIFEST}
         if extra:
-            raise ArtifactError(f"{min(extra)}: not listed in {MANIFEST}")
+            raise ArtifactError(f"{min(extra)}: not listed in {MANIFEST}", min(extra))
 
 
 def file_table(directory: Path) -> dict[str, dict[str, str | int]]:
@@ -136,10 +136,10 @@ def _listed(directory: Path, name: str, facts: Any, version: list[int]) -> Check
     except OSError:
         there = False
     if not there:
-        raise ArtifactError(f"{name}: listed in {MANIFEST}, but there is no such file")
+        raise ArtifactError(f"{name}: listed in {MANIFEST}, but there is no such file", name)
     checked = CheckedFile(path)
     if checked.size != facts.get("bytes"):
-        raise ArtifactError(f"{name}: {checked.size} bytes, {facts.get('bytes')} expected: truncated or altered")
+        raise ArtifactError(f"{name}: {checked.size} bytes, {facts.get('bytes')} expected: truncated or altered", name)
     wrong = _wrong_facts(facts, version)
     if wrong:
         raise ArtifactError(f"{MANIFEST}: malformed: {wrong} of {name}")

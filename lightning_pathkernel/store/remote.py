@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from lightning_pathkernel.store.errors import ArtifactError
 from lightning_pathkernel.store.manifest import MANIFEST, parse_manifest, plain_name
 from lightning_pathkernel.store.strict_json import TEXT_LIMIT
 
-__all__ = ["download", "is_url", "local_copy", "upload"]
+__all__ = ["LocalCopy", "download", "is_url", "local_copy", "upload"]
 
 _PIECE = 1 << 20
 
@@ -37,22 +38,42 @@ def local_copy(path: str | Path) -> Iterator[Path]:
     if not is_url(path):
         yield Path(path)
         return
-    directory = download(str(path))
+    copy = download(str(path))
     try:
-        yield directory if isinstance(directory, Path) else Path(directory.name)
+        yield copy.path
     finally:
-        if not isinstance(directory, Path):
-            directory.cleanup()
+        copy.delete()
 
 
-def download(url: str) -> Path | tempfile.TemporaryDirectory[str]:
+class LocalCopy:
+    """An artifact that was brought here; deleted when told so, or with this object.
+
+    Args:
+        path: Where it is; None for a new private directory.
+
+    Attributes:
+        path: Where it is.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path or Path(tempfile.mkdtemp(prefix="pathkernel-"))
+        own = self.path if path is None else None
+        self.delete = weakref.finalize(self, _delete, own)
+
+
+def _delete(directory: Path | None) -> None:
+    if directory is not None:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def download(url: str) -> LocalCopy:
     """Bring an artifact here: the manifest, then what it lists, and of each file no more bytes than it lists.
 
     Args:
         url: Where it is.
 
     Returns:
-        A private directory, which is deleted with this object; for ``file://`` the directory itself.
+        A copy in a private directory; for ``file://`` the directory itself.
 
     Raises:
         ArtifactError: If something cannot be had, is malformed, or has another size than the manifest says.
@@ -61,21 +82,21 @@ def download(url: str) -> Path | tempfile.TemporaryDirectory[str]:
     """
     system, root = _located(url)
     if "file" in _protocols(system):
-        return Path(root)
-    target = tempfile.TemporaryDirectory(prefix="pathkernel-")
+        return LocalCopy(Path(root))
+    target = LocalCopy()
     try:
         data = _read_all(system, _within(root, MANIFEST), url)
         sizes = _sizes(parse_manifest(data))
-        free = shutil.disk_usage(target.name).free
+        free = shutil.disk_usage(target.path).free
         if sum(sizes.values()) > free:
-            raise ArtifactError(f"{url}: {sum(sizes.values())} bytes, and {free} are free in {target.name}")
+            raise ArtifactError(f"{url}: {sum(sizes.values())} bytes, and {free} are free in {target.path}")
         _check_listing(system, root, set(sizes))
         for name, size in sizes.items():
-            with open(Path(target.name) / name, "xb") as out:
+            with open(target.path / name, "xb") as out:
                 _copy(system, _within(root, name), name, size, out)
-        (Path(target.name) / MANIFEST).write_bytes(data)
+        (target.path / MANIFEST).write_bytes(data)
     except BaseException:
-        target.cleanup()
+        target.delete()
         raise
     return target
 

@@ -205,7 +205,7 @@ def _metadata(path: Path, data: bytes) -> dict[str, Any]:
         raise ArtifactError(f"{_called(path)}: its header cannot be read: {error!r}") from error
     if not known:
         raise ArtifactError(
-            f"{_called(path)}: format {metadata['format']!r} {metadata['version']!r}, this version reads "
+            f"{_called(path)}: format {metadata['format']!r} {metadata.get('version')!r}, this version reads "
             f"{FORMAT_OF_SEGMENTS!r} {_VERSION.split('.')[0]}.x"
         )
     return dict(metadata)

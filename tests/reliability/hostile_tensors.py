@@ -203,7 +203,16 @@ HEADERS: dict[str, Change] = {
         f"a tensor named {name!r:.30}": header(
             lambda h, name=name: h.update({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}})
         )
-        for name in ("../../x", "/etc/passwd", "start/../../x", "start/a\0b", "x\ny", "", "x" * 100_000, "start/__class__")
+        for name in (
+            "../../x",
+            "/etc/passwd",
+            "start/../../x",
+            "start/a\0b",
+            "x\ny",
+            "",
+            "x" * 100_000,
+            "start/__class__",
+        )
     },
 }
 

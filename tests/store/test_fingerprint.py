@@ -153,3 +153,68 @@ def test_chords_of_another_network_are_refused(run: Path, machine: Path, tmp_pat
     verify(machine)
     with refused(r"'net\.[12]\."):
         KernelMachine.load(machine, network())
+
+
+# every single mutation of a module
+
+
+def tensors_of(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """Kind, owner and own name of every parameter and buffer."""
+    found: list[tuple[str, nn.Module, str]] = []
+    for owner in module.modules():
+        found += [("parameter", owner, name) for name in owner._parameters]
+        found += [("buffer", owner, name) for name in owner._buffers]
+    return found
+
+
+def changed(owner: nn.Module, kind: str, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    held = owner._parameters if kind == "parameter" else owner._buffers
+    value = change(held[name].detach())
+    held[name] = nn.Parameter(value, value.is_floating_point()) if kind == "parameter" else value
+
+
+def moved(owner: nn.Module, kind: str, name: str) -> None:
+    held = owner._parameters if kind == "parameter" else owner._buffers
+    held[f"{name}_"] = held.pop(name)
+
+
+SINGLE: dict[str, Callable[[nn.Module, str, str], object]] = {
+    "renamed": moved,
+    "missing": lambda owner, kind, name: (owner._parameters if kind == "parameter" else owner._buffers).pop(name),
+    "extra parameter": lambda owner, kind, name: owner.register_parameter("more", nn.Parameter(torch.zeros(1))),
+    "extra buffer": lambda owner, kind, name: owner.register_buffer("more", torch.zeros(1)),
+    "extra buffer of integers": lambda owner, kind, name: owner.register_buffer("more", torch.zeros(1).long()),
+    "one dimension more": lambda owner, kind, name: changed(owner, kind, name, lambda t: t.unsqueeze(0)),
+    "one number more": lambda owner, kind, name: changed(
+        owner, kind, name, lambda t: torch.cat([t.reshape(1, *t.shape) if not t.dim() else t] * 2)
+    ),
+    "transposed": lambda owner, kind, name: changed(
+        owner, kind, name, lambda t: t.T.contiguous() if t.dim() == 2 else t.reshape(-1, 1)
+    ),
+    **{
+        f"of {dtype}": lambda owner, kind, name, d=dtype: changed(owner, kind, name, lambda t: t.to(d))
+        for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.complex64)
+    },
+    "a buffer of a parameter, or the other way round": lambda owner, kind, name: (
+        owner._buffers.update({name: owner._parameters.pop(name).detach()})
+        if kind == "parameter"
+        else owner._parameters.update({name: nn.Parameter(owner._buffers.pop(name), False)})
+    ),
+}
+
+
+@pytest.mark.parametrize("mutation", SINGLE)
+def test_every_single_mutation_of_every_tensor_of_the_module_is_refused_and_named(mutation: str, run: Path) -> None:
+    count = len(tensors_of(network()))
+    assert count == 11
+    for index in range(count):
+        module = network()
+        kind, owner, name = tensors_of(module)[index]
+        prefix = next(n for n, m in module.named_modules() if m is owner)
+        SINGLE[mutation](owner, kind, name)
+        expected = f"{prefix}.more" if mutation.startswith("extra") else f"{prefix}.{name}"
+        with refused(rf"^the module is not the one this machine was made of: .*'{re.escape(expected)}'") as caught:
+            KernelMachine.load(run / "machine", module)
+        told = str(caught.value).partition(": ")[2].split("; ")
+        assert len(told) <= 2, told
+        assert all(f"'{expected}" in each for each in told), "nothing else is blamed"

@@ -1,0 +1,78 @@
+"""The command line: `pathkernel COMMAND ...`, or `python -m lightning_pathkernel COMMAND ...`."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, get_type_hints
+
+from lightning_pathkernel.commands import COMMANDS
+from lightning_pathkernel.commands.answer import printable
+
+__all__ = ["main"]
+
+_MISSING = (
+    "pathkernel: the command line needs jsonargparse, which is not installed: "
+    'pip install "lightning-pathkernel[cli]" (the library itself works without it)'
+)
+_ARGUMENT = re.compile(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
+"""An argument and its text, in a docstring's section."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: What stands behind the program's name; None for the process's own.
+
+    Returns:
+        The exit status: 0, 1 for what the command found wanting or could not do, 2 for a wrong call.
+    """
+    try:
+        parser = _parser()
+    except ImportError:
+        print(_MISSING, file=sys.stderr)
+        return 2
+    try:
+        chosen = parser.parse_args(None if arguments is None else list(arguments))
+    except SystemExit as asked:  # --help, or a wrong call, which was told
+        return asked.code if isinstance(asked.code, int) else 2
+    try:
+        return COMMANDS[chosen.subcommand](**chosen[chosen.subcommand].as_dict())
+    except (ValueError, ImportError) as error:  # an argument's value; a driver for a kind of URL
+        print(f"pathkernel {chosen.subcommand}: {printable(str(error))}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"pathkernel {chosen.subcommand}: {printable(str(error))}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> Any:
+    from jsonargparse import ArgumentParser
+
+    about = "Kernel machines: a trained network as a bias and the contributions of its training examples."
+    parser = ArgumentParser(prog="pathkernel", description=about)
+    commands = parser.add_subcommands(required=True, metavar="COMMAND")
+    for name, function in COMMANDS.items():
+        text, _, described = (inspect.getdoc(function) or "").partition("\n\nArgs:\n")
+        own = ArgumentParser(description=text)
+        _add_arguments(own, function, dict(_ARGUMENT.findall(described)))
+        commands.add_subcommand(name, own, help=text.partition("\n")[0])
+    return parser
+
+
+def _add_arguments(parser: Any, function: Callable[..., int], described: dict[str, str]) -> None:
+    """A parameter without a default is given by its place, a bool is true where it stands."""
+    types = get_type_hints(function)
+    for name, parameter in inspect.signature(function).parameters.items():
+        text, option = " ".join(described[name].split()), f"--{name.replace('_', '-')}"
+        if parameter.default is parameter.empty:
+            parser.add_argument(name, type=types[name], help=text)
+        elif types[name] is bool:
+            parser.add_argument(option, action="store_true", help=text)
+        else:
+            parser.add_argument(option, type=types[name], default=parameter.default, help=text)

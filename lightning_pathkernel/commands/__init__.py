@@ -1,0 +1,12 @@
+"""What `pathkernel` can do: one small module per command."""
+
+from collections.abc import Callable, Mapping
+
+from lightning_pathkernel.commands.export import export
+from lightning_pathkernel.commands.info import info
+from lightning_pathkernel.commands.verify import verify
+
+__all__ = ["COMMANDS"]
+
+COMMANDS: Mapping[str, Callable[..., int]] = {"verify": verify, "info": info, "export": export}
+"""Name -> function: its annotated arguments are the command's, its docstring the help, its result the exit status."""
