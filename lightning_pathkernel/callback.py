@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_pathkernel.capture import CaptureError
@@ -28,6 +29,8 @@ from lightning_pathkernel.trainer_checks import FitError, check_trainer
 from lightning_pathkernel.uploads import upload_machine
 
 __all__ = ["PathKernelCallback"]
+
+_log = logging.getLogger(__name__)
 
 if not TYPE_CHECKING and find_spec("lightning") is not None:
     # both names of Lightning may be installed, and LightningCLI asks for a Callback of its own
@@ -300,7 +303,7 @@ class PathKernelCallback(_Callback):
         if self._session is not None:
             self._saved, failed = self._session.interrupt()
             if failed is not None:
-                rank_zero_warn(f"PathKernelCallback could not write the end of the recording: {failed}")
+                _log.warning("PathKernelCallback could not write the end of the recording: %s", failed)
         self._release(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -149,17 +149,26 @@ class FitSession:
                 )
             if state["recorder"]["steps"] != resumed["steps"]:
                 raise FitError("the checkpoint's optimiser steps are not those of the recording's state.")
-            self.recorder.restore(state["recorder"])
-            if self._tracker is not None:
-                self._tracker.restore(state["tracker"])
-            self._ids.restore(state["ids"], names)
-            self.history = [dict(entry) for entry in state["history"]]
+            self._restore(state, names)
             if self.recorder.steps and skipped_validation(trainer):
                 self.metrics()
         except BaseException:
             self.store.close()
             raise
         self.machine_dir = Path(trainer.strategy.broadcast(str(unused(self.recording_dir.parent / "machine"))))
+
+    def _restore(self, state: Mapping[str, Any], names: Mapping[int, str]) -> None:
+        try:
+            self.recorder.restore(state["recorder"])
+            if self._tracker is not None:
+                self._tracker.restore(state["tracker"])
+            self._ids.restore(state["ids"], names)
+            self.history = [dict(entry) for entry in state["history"]]
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise FitError(
+                f"PathKernelCallback cannot resume: the recorder's state is not of this module and its optimisers "
+                f"({error!r}). Resume with those of the first fit."
+            ) from error
 
     def _attach(self) -> None:
         self.recorder.capture.attach()
@@ -267,13 +276,11 @@ class FitSession:
         Returns:
             What the checkpoint has to say of it.
         """
-        found: dict[str, Any] = {}
+        found: dict[str, Any] | None = None
         with self.store.guarded():
-            again = within_batch(self._trainer)
-            found = self.store.save(
-                self._moment, lambda: self._state(again), self.recorder.steps, self._ids.new_names(peek=True)
-            )
-        return found or self.store.save(0, dict, 0, {})
+            again, names = within_batch(self._trainer), self._ids.new_names(peek=True)
+            found = self.store.save(self._moment, lambda: self._state(again), self.recorder.steps, names)
+        return self.store.silence() if found is None else found
 
     def finish(self) -> dict[str, Any]:
         """Close the last chord and export.

@@ -107,14 +107,18 @@ class FitStore:
             What a checkpoint has to say.
         """
         store = self._store
-        if self.stopped is not None or store is None:
-            return stopped_state(self.stopped) if self.stopped else {}
+        if store is None:
+            return self.silence()
         if self._last is None or self._last[0] != moment:
             committed = agreed(self._ranks, lambda: store.save(state(), steps, names), self._directory)
             processes = self._ranks.texts(as_text(committed))
             run_id = str(store.description["run_id"])
             self._last = moment, checkpoint_state(run_id, self._directory, steps, processes)
         return self._last[1]
+
+    def silence(self) -> dict[str, Any]:
+        """What a checkpoint has to say when nothing is recorded."""
+        return stopped_state(self.stopped) if self.stopped else {}
 
     def save_alone(self, state: Any, steps: int, names: Mapping[int, str]) -> dict[str, Any]:
         """`save` without the other processes, which may have given up; they say nothing in what is returned."""

@@ -7,6 +7,7 @@ on, so that none waits for one that has given up.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -240,7 +241,9 @@ class RecordingStore:
         self.writer.flush()
 
     def close(self) -> None:
-        """Let another writer in; what waits is written all the same."""
+        """Let another writer in, once what waits is written or has failed."""
+        with suppress(StoreError):
+            self.writer.flush()
         self._lock.release()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_pathkernel import KernelMachine, PathKernelCallback, verify
+from lightning_pathkernel.recording.open_chord import OpenChord
 from lightning_pathkernel.store import WriterLock
 from tests.helpers import Classifier, digits, small_cnn
 from tests.resuming import Killed, StopAfter, chain_of, files_of, loaders, run, trainer_for
@@ -126,6 +127,22 @@ def test_a_resumed_fit_leaves_what_an_uninterrupted_one_leaves(name: str, tmp_pa
         assert again.recording_dir == root / "run" / "recording"
         assert chain_of(again.recording_dir) == chain_of(whole.recording_dir), batches
         assert files_of(again.machine_dir) == files_of(whole.machine_dir), batches
+
+
+def test_visits_that_were_added_up_early_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_pathkernel.recording.open_chord._FOLD", 2500)
+    folds: list[int] = []
+    fold = OpenChord.fold
+    monkeypatch.setattr(OpenChord, "fold", lambda chord, rows: (folds.append(chord.index), fold(chord, rows))[1])
+    options = {"nodes": 2}
+    momentum = seeded(lambda: Classifier("sgd", momentum=0.5))
+    whole = run(tmp_path / "whole", momentum, options, {})
+    assert folds
+    for batches in (4, 14):
+        root = tmp_path / f"after {batches}"
+        run(root, momentum, options, {}, [StopAfter(root / "at.ckpt", batches)])
+        again = run(root, momentum, options, {}, checkpoint=root / "at.ckpt")
+        assert chain_of(again.recording_dir) == chain_of(whole.recording_dir), batches
 
 
 def adamw() -> Classifier:
