@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from lightning_pathkernel.artifact_writer import remove_staged
 from lightning_pathkernel.capture import plan_capture
 from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.configuration import check_configuration, digest_of
@@ -302,6 +303,7 @@ class FitSession:
 
     def _export(self) -> None:
         if self._ranks.rank == 0:
+            remove_staged(self.recording_dir.parent)
             KernelMachineExporter(self.recording_dir).export(self.machine_dir)
 
     def interrupt(self) -> tuple[dict[str, Any], str | None]:

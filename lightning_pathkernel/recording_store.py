@@ -35,6 +35,7 @@ from lightning_pathkernel.store import (
     Stamp,
     StoreError,
     WriterLock,
+    make_directory,
     pack_tree,
     publish_json,
     read_segment,
@@ -116,7 +117,7 @@ class RecordingStore:
         own = directory / rank_name(ranks.rank)
 
         def hold() -> WriterLock:
-            own.mkdir(parents=True, exist_ok=True)
+            make_directory(own)
             return WriterLock(own)
 
         def describe() -> None:

@@ -14,6 +14,7 @@ from lightning_pathkernel.store.manifest import (
 from lightning_pathkernel.store.migrations import FORMAT, FORMAT_VERSION
 from lightning_pathkernel.store.publish import (
     fsync_directory,
+    make_directory,
     publish,
     publish_json,
     publish_tensors,
@@ -53,6 +54,7 @@ __all__ = [
     "fsync_directory",
     "is_url",
     "local_copy",
+    "make_directory",
     "pack_tree",
     "publish",
     "publish_json",

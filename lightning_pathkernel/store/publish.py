@@ -14,7 +14,15 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["fsync_directory", "publish", "publish_json", "publish_tensors", "remove_temporaries", "sha256_of"]
+__all__ = [
+    "fsync_directory",
+    "make_directory",
+    "publish",
+    "publish_json",
+    "publish_tensors",
+    "remove_temporaries",
+    "sha256_of",
+]
 
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -28,6 +36,17 @@ def fsync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory where there is none, and those above it, so that a power cut loses none of them."""
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    for each in reversed(missing):
+        each.mkdir(exist_ok=True)
+        fsync_directory(each.parent)
 
 
 def publish(path: Path, write: Callable[[Path], None]) -> Path:

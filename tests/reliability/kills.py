@@ -12,7 +12,6 @@ import random
 import shutil
 import socket
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,7 +41,7 @@ class KillReport:
 
     kills: int = 0
     recovering: int = 0
-    phases: Counter[str] = field(default_factory=Counter)
+    phases: dict[str, int] = field(default_factory=dict)
     runs: int = 0
     exports: int = 0
     wrong: list[str] = field(default_factory=list)
@@ -146,7 +145,8 @@ class _Campaign:
     def _killed(self, phase: int, resumed: bool) -> None:
         self.report.kills += 1
         self.report.recovering += resumed and phase < TRAINING
-        self.report.phases[("resumed, " if resumed else "first, ") + PHASES[phase]] += 1
+        name = ("resumed, " if resumed else "first, ") + PHASES[phase]
+        self.report.phases[name] = self.report.phases.get(name, 0) + 1
 
     def _next(self, run: Path) -> Path | None:
         """The checkpoint to go on from; without one the run begins anew."""

@@ -33,7 +33,7 @@ class FuzzReport:
     """
 
     inputs: int = 0
-    doors: Counter[str] = field(default_factory=Counter)
+    doors: dict[str, int] = field(default_factory=dict)
     let_in: int = 0
     slowest: float = 0.0
     wrong: list[str] = field(default_factory=list)
@@ -70,7 +70,8 @@ def _add(report: FuzzReport, found: dict[str, Any]) -> None:
     report.inputs += found["inputs"]
     report.let_in += found["let_in"]
     report.slowest = max(report.slowest, found["slowest"])
-    report.doors.update(found["doors"])
+    for door, inputs in found["doors"].items():
+        report.doors[door] = report.doors.get(door, 0) + inputs
     report.wrong += found["wrong"]
 
 
