@@ -90,7 +90,7 @@ def publish_artifact(out: str | Path, fill: Callable[[Path], None]) -> str | Pat
 
 
 def remove_staged(directory: Path) -> None:
-    """Remove what exports of a fit's machine left behind where they were killed; only for whoever alone exports there."""
+    """Remove what a killed export of a fit's machine left behind; only for whoever alone exports there."""
     for path in directory.glob(".machine*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_pathkernel import ArtifactError, KernelMachineExporter, verify
+from lightning_pathkernel import verify
 from tests.reliability.crash import KEPT, Disk, written
+from tests.reliability.exports import export
 from tests.reliability.forks import Ended, forked
 from tests.reliability.shim import FAULTS, Operation, Shim
 from tests.reliability.training import checkpoints, train
@@ -190,24 +191,6 @@ def stopping(root: Path, count: int | None, seed: int) -> FaultReport:
         fits.report.wrong += [f"{where}: {line}" for line in wrong]
         shutil.rmtree(run)
     return fits.report
-
-
-def export(recorded: Path, out: Path) -> str:
-    """Export what there is and verify it.
-
-    Returns:
-        What came of it: an artifact, or the reason that there was nothing to export.
-
-    Raises:
-        ArtifactError: If the recording is damaged.
-    """
-    try:
-        verify(KernelMachineExporter(recorded).export(out))
-    except ArtifactError as error:
-        if "no closed chord" in str(error) or "it has no recording.json" in str(error):
-            return str(error)
-        raise
-    return "exported"
 
 
 def exporting(root: Path, count: int | None, seed: int) -> FaultReport:

@@ -15,7 +15,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightning_pathkernel import ArtifactError, KernelMachineExporter, verify
+from lightning_pathkernel import verify
+from tests.reliability.exports import export
 from tests.reliability.forks import Child, Ended, Phase, forked
 from tests.reliability.training import PHASES, TRAINING, checkpoints, train
 from tests.reliability.trees import differences, final, torn, tree
@@ -168,21 +169,10 @@ class _Campaign:
             verify(machine)
         if self.report.kills % 10 == 0 and (run / "run" / "recording").exists():
             self.report.exports += 1
-            ended = forked(lambda: _exported(run))
+            ended = forked(lambda: export(run / "run" / "recording", run / "exported"))
             if ended.value is None:
                 self.report.wrong.append(f"{where}: export: {ended.error or ended.signal}")
             shutil.rmtree(run / "exported", ignore_errors=True)
-
-
-def _exported(run: Path) -> str:
-    """A recording as a kill left it, exported and verified, or refused because nothing is there yet."""
-    try:
-        verify(KernelMachineExporter(run / "run" / "recording").export(run / "exported"))
-    except ArtifactError as error:
-        if "no closed chord" in str(error) or "it has no recording.json" in str(error):
-            return str(error)
-        raise
-    return "exported"
 
 
 def campaign(root: Path, count: int, seed: int, ranks: int = 1) -> KillReport:
