@@ -20,11 +20,12 @@ with atheris.instrument_imports(include=["lightning_pathkernel"]):
     from tests.reliability.fuzz.seeds import seeds
 
 
-def main() -> None:
-    """Fuzz until libFuzzer ends the process."""
-    warnings.simplefilter("ignore")
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    root = Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory))
+def fuzz(root: Path) -> None:
+    """Fuzz until libFuzzer ends the process.
+
+    Args:
+        root: An empty directory in memory.
+    """
     sound, node = seeds(root / "seeds")
     corpus = root / "corpus"
     corpus.mkdir()
@@ -48,5 +49,24 @@ def main() -> None:
     atheris.Fuzz()
 
 
+def main() -> int:
+    """Fuzz in a child, and clear up after it.
+
+    Returns:
+        Its exit status: 0 if nothing escaped.
+    """
+    warnings.simplefilter("ignore")
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory) as root:
+        child = os.fork()
+        if child == 0:
+            try:
+                fuzz(Path(root))
+            finally:
+                os._exit(1)  # libFuzzer ends the process by itself, unless something failed before
+        status = os.waitpid(child, 0)[1]
+    return os.waitstatus_to_exitcode(status)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
