@@ -62,40 +62,53 @@ def _commit() -> str:
     return found.stdout.strip() or os.environ.get("RELIABILITY_COMMIT", "no commit")
 
 
+def _run(name: str, count: int, seed: int, root: Path | None) -> tuple[dict[str, Any], float]:
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="reliability-", dir=root or memory) as place:
+        os.environ["TMPDIR"] = place
+        report = dataclasses.asdict(CAMPAIGNS[name](Path(place), count or None, seed))
+    return report, time.perf_counter() - started
+
+
+def _print(name: str, count: int, seed: int, report: dict[str, Any], seconds: float) -> None:
+    print(f"{name}: --count {count} --seed {seed}, {time.strftime('%Y-%m-%d')}, {seconds:.0f} s")
+    print(f"  {_versions()}, commit {_commit()}")
+    for key, value in report.items():
+        if key != "wrong":
+            print(f"  {key}: {sorted(value) if isinstance(value, set) else value}")
+    print(f"  findings: {len(report['wrong'])}")
+    for line in report["wrong"]:
+        print(f"    {line}", flush=True)
+
+
 def main() -> int:
-    """Run one campaign.
+    """Run campaigns, one after another.
 
     Returns:
-        0 if it found nothing wrong.
+        0 if they found nothing wrong.
     """
     parser = argparse.ArgumentParser(prog="python -m tests.reliability", description=__doc__.split("\n")[0])
-    parser.add_argument("name", choices=CAMPAIGNS)
+    parser.add_argument("names", nargs="+", choices=CAMPAIGNS, metavar="NAME", help=", ".join(CAMPAIGNS))
     parser.add_argument("--count", type=int, help="how many; 0 for all there are; default: the full figure")
+    parser.add_argument("--sample", action="store_true", help="as few as the quick suite runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--root", type=Path, help="a directory for its files; default: a temporary one, in memory")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="one line of JSON for each")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    count = COUNTS[options.name].full if options.count is None else options.count
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="reliability-", dir=options.root or memory) as root:
-        os.environ["TMPDIR"] = root
-        report = dataclasses.asdict(CAMPAIGNS[options.name](Path(root), count or None, options.seed))
-    seconds = time.perf_counter() - started
-    if options.json:
-        print(json.dumps(report, default=sorted))
-        return int(bool(report["wrong"]))
-    print(f"{options.name}: --count {count} --seed {options.seed}, {time.strftime('%Y-%m-%d')}, {seconds:.0f} s")
-    print(f"  {_versions()}, commit {_commit()}")
-    for name, value in report.items():
-        if name != "wrong":
-            print(f"  {name}: {sorted(value) if isinstance(value, set) else value}")
-    print(f"  findings: {len(report['wrong'])}")
-    for line in report["wrong"]:
-        print(f"    {line}")
-    return int(bool(report["wrong"]))
+    found = 0
+    for name in options.names:
+        count = COUNTS[name].sample if options.sample else COUNTS[name].full
+        count = count if options.count is None else options.count
+        report, seconds = _run(name, count, options.seed, options.root)
+        found += len(report["wrong"])
+        if options.json:
+            print(json.dumps({"name": name, "count": count, **report}, default=sorted), flush=True)
+        else:
+            _print(name, count, options.seed, report, seconds)
+    return int(found > 0)
 
 
 if __name__ == "__main__":

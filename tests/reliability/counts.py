@@ -16,19 +16,19 @@ class Count:
 
 
 COUNTS = {
-    "kills": Count(6, 1000),
+    "kills": Count(5, 1000),
     "kills-two-ranks": Count(2, 100),
-    "faults-recording": Count(6, 0),
-    "faults-stopping": Count(5, 0),
+    "faults-recording": Count(4, 0),
+    "faults-stopping": Count(4, 0),
     "faults-exporting": Count(8, 0),
-    "crashes": Count(30, 0),
+    "crashes": Count(24, 0),
     "full-disk": Count(2, 20),
-    "flips": Count(60, 10_000),
-    "truncations": Count(60, 10_000),
+    "flips": Count(45, 10_000),
+    "truncations": Count(45, 10_000),
     "hostile": Count(12, 0),
-    "fuzz": Count(3_000, 100_000),
+    "fuzz": Count(2_000, 100_000),
     "fuzz-atheris": Count(0, 1_000_000),
     "audit": Count(1, 1),
-    "readers": Count(100, 1000),
+    "readers": Count(60, 1000),
     "writers": Count(2, 20),
 }
