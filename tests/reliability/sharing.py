@@ -60,7 +60,7 @@ def readers(root: Path, count: int, seed: int) -> SharingReport:
 
     Args:
         root: An empty directory.
-        count: Looks.
+        count: Looks, at least; more until a machine was seen, and none.
         seed: Of the pauses between them.
     """
     recording, out, report = made(root / "sound") / "recording", root / "machine", SharingReport()
@@ -77,8 +77,8 @@ def readers(root: Path, count: int, seed: int) -> SharingReport:
         return done
 
     def looking() -> list[str]:
-        rng, seen = random.Random(seed), []
-        for _ in range(count):
+        rng, seen, deadline = random.Random(seed), list[str](), time.monotonic() + 60
+        while len(seen) < count or (len(set(seen)) < 2 and time.monotonic() < deadline):
             seen.append(_looked(out))
             time.sleep(rng.uniform(0, 0.002))
         return seen
