@@ -72,14 +72,7 @@ class OpenChord:
         self._warned = False
 
     def state(self, table: RowTable) -> dict[str, Any]:
-        """All of it between two batches, as plain values and tensors that the next step changes.
-
-        Args:
-            table: Takes the chord's rows.
-
-        Returns:
-            The rest.
-        """
+        """All of it between two batches but its rows, which ``table`` takes, as values that the next step changes."""
         steps = [[[table.add(part) for part in step.parts], step.coefficient] for step in self._steps]
         sketches = {n: {"rows": s.rows, "columns": s.columns, "factors": s.tensors()} for n, s in self.sketches.items()}
         return {

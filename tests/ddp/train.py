@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--on-store-error", default="raise")
     parser.add_argument("--injected", action="store_true", help="let the Trainer share out a plain loader")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore" if options.fail is None else "default")
     torch.set_num_threads(1)
     training, validation = digits()
     training = TensorDataset(*(t[:COUNT] for t in training.tensors))
