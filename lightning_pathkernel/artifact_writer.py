@@ -162,6 +162,8 @@ def save_machine(out: str | Path, path: ChordPath, module: nn.Module, manifest: 
         else:
             _write_held(staged, path)
             publish_tensors(staged / CONSTANTS, constants(module), {"format": "pt"})
+        if manifest is not None and isinstance(before := manifest.contents.get("left_out"), int):
+            left_out += before
         write_text(staged / README, _card(len(path), left_out))
         if left_out:
             facts["left_out"] = left_out

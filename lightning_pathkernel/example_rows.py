@@ -40,6 +40,11 @@ class ExampleRows(Protocol):
         """Numbers of a row."""
         ...
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the rows."""
+        ...
+
     def __len__(self) -> int:
         """Number of examples."""
         ...
@@ -78,6 +83,11 @@ class HeldRows:
     def width(self) -> int:
         """Numbers of a row."""
         return self.rows.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the rows."""
+        return self.rows.dtype
 
     def __len__(self) -> int:
         return len(self.example_ids)
@@ -129,6 +139,11 @@ class KeptRows:
     def width(self) -> int:
         """Numbers of a row."""
         return self.whole.width
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the rows."""
+        return self.whole.dtype
 
     def __len__(self) -> int:
         return self._sums[0]

@@ -36,7 +36,7 @@ def decode_names(stored: Tensor) -> dict[int, str]:
     if stored.dtype != torch.uint8 or stored.dim() != 1:
         raise ValueError(f"names of shape {tuple(stored.shape)} and {stored.dtype}, expected one dimension of uint8")
     try:
-        found = json.loads(stored.cpu().contiguous().numpy().tobytes().decode("utf-8"), object_pairs_hook=_Pairs)
+        found = json.loads(stored.numpy().tobytes().decode("utf-8"), object_pairs_hook=_Pairs)
     except RecursionError as error:
         raise ValueError("names are nested too deeply") from error
     if not isinstance(found, _Pairs):

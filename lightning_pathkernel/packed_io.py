@@ -231,7 +231,9 @@ def read_parts(
             if group != "names" and not (group == "rows" and name in EXAMPLES):
                 groups.setdefault(group, {})[name] = file.get(full)
         chord = _assembled(groups, file, before or Node({}, {}), examples, names)
-    except MALFORMED as error:
+    except ArtifactError:
+        raise
+    except (*MALFORMED, RuntimeError) as error:  # torch's own for what does not fit
         raise ArtifactError(f"{file.name}: not a chord: {error!r}") from error
     node = Node(chord.weights(1.0), dict(chord.end_buffers))
     return replace(chord, start={**later, **chord.start}), node
@@ -259,8 +261,18 @@ def _assembled(
     width = check_parts(chord)
     if examples.width != width:
         raise ValueError(f"rows of {examples.width} numbers, expected {width}")
+    _check_dtypes(chord, examples.dtype)
     _check_finite(chord)
     return chord
+
+
+def _check_dtypes(chord: StoredChord, rows: torch.dtype) -> None:
+    """All that meets in a product must be of one dtype; a network whose weights are of several is on its own."""
+    kinds = {weight.dtype for weight in chord.start.values()}
+    found = {value.dtype for sketch in chord.sketches.values() for value in sketch.tensors().values()} | {rows}
+    found |= set() if chord.second_stage is None else {chord.second_stage.dtype}
+    if len(kinds) == 1 and found != kinds:
+        raise ValueError(f"rows and sketches of {sorted(map(str, found))} for weights of {sorted(map(str, kinds))}")
 
 
 def _check_finite(chord: StoredChord) -> None:

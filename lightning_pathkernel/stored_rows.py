@@ -25,6 +25,7 @@ class StoredRows:
 
     Attributes:
         width: Numbers of a row.
+        dtype: Type of the rows, decoded.
 
     Raises:
         ValueError: If codes, exponents, ids and inner products do not fit together; seen without reading them.
@@ -44,6 +45,7 @@ class StoredRows:
         stored = {name: file.entries[f"rows/{name}"] for name in ("rows", "exponents", "rest", "row_exponents")
                   if f"rows/{name}" in file.entries}  # fmt: skip
         self._packed = check_rows({name: (entry.dtype, entry.shape) for name, entry in stored.items()})
+        self.dtype = torch.float32 if self._packed else rows.dtype
         self._in_turn = "row_exponents" in stored
         self._length = block_length(self.width * max(rows.dtype.itemsize, 4))
 
@@ -101,7 +103,7 @@ class StoredRows:
         if self._packed:
             peak = self._decoded(at, at + 1)[0]
             total += (peak + self._rest.double()).float().double() - peak.float().double()
-        return at, total.to(torch.float32 if self._packed else self._file.entries[_ROWS].dtype)
+        return at, total.to(self.dtype)
 
     @property
     def total(self) -> Tensor:

@@ -163,12 +163,19 @@ def _check_listing(system: Any, root: str, known: set[str]) -> None:
     if set(_protocols(system)) & {"http", "https"}:
         return
     try:
-        found = {str(path).rstrip("/").rpartition("/")[2] for path in system.ls(root, detail=False)}
+        found = {path.rpartition("/")[2] for path in _listed(system, root)}
     except Exception as error:
         raise ArtifactError(f"{root}: cannot be listed: {type(error).__name__}: {error}") from error
-    extra = found - known - {MANIFEST, ""}
+    extra = found - known - {MANIFEST}
     if extra:
         raise ArtifactError(f"{min(extra)[:200]}: not listed in {MANIFEST}")
+
+
+def _listed(system: Any, root: str) -> list[str]:
+    """What is in a directory; an object that stands for the directory itself is not."""
+    system.invalidate_cache()
+    found = [str(path).rstrip("/") for path in system.ls(root, detail=False)]
+    return [path for path in found if path.strip("/") != root.strip("/")]
 
 
 def _copy(system: Any, path: str, name: str, size: int, out: Any) -> None:
@@ -214,7 +221,7 @@ def upload(directory: Path, url: str) -> str:
 
 def _occupied(system: Any, root: str) -> bool:
     try:
-        return bool(system.ls(root, detail=False))
+        return bool(_listed(system, root))
     except FileNotFoundError:
         return False
 

@@ -231,3 +231,26 @@ def test_the_chord_that_they_are_made_of_is_read(run: Path) -> None:
     assert chord.index == 1
     with refused(rf"^{MIDDLE}: not a chord: "):
         read_packed(run / "machine" / MIDDLE, None)
+
+
+@pytest.mark.parametrize("part", ["query_right", "rows", "second_stage"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_parts_of_another_precision_than_the_weights_are_refused(
+    part: str, dtype: torch.dtype, run: Path, tmp_path: Path
+) -> None:
+    """They would meet in a product, at the first question."""
+    groups, facts = read_group(run / "machine" / chord_name(0))
+    if part == "query_right":
+        groups[part] = {name: value.to(dtype) for name, value in groups[part].items()}
+        groups.pop(f"{part}.exponents")
+    elif part == "rows":
+        groups["rows"]["rows"] = groups["rows"]["rows"].to(dtype)
+        for name in ("exponents", "rest"):
+            groups["rows"].pop(name)
+    else:
+        codes, pivots = groups["rows"]["second_stage"], groups["rows"].pop("pivots")
+        groups["rows"].pop("stage_exponents")
+        groups["rows"][part] = torch.zeros(len(codes), codes.shape[1] + len(pivots), dtype=dtype)
+    path = write_group(tmp_path / "x.safetensors", groups, facts)
+    with refused(r"^x\.safetensors: not a chord: .*rows and sketches of .* for weights of \['torch.float32'\]"):
+        read_packed(path, None)
