@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_pathkernel.capture import matrix_shape
 from lightning_pathkernel.chord import Chord
@@ -32,6 +33,7 @@ __all__ = [
     "merged_chord",
     "rank_name",
     "read_chord",
+    "sketches_of",
     "write_chord",
 ]
 
@@ -176,10 +178,7 @@ def chord_of(called: str, groups: Groups, facts: Mapping[str, Any]) -> Chord:
 
 def _assemble(groups: Groups, facts: Mapping[str, Any]) -> Chord:
     factors = {factor: groups.get(factor, {}) for factor in FACTORS}
-    sketches = {
-        name: KroneckerSketch(rows, columns, None, None, *(factors[factor].get(name) for factor in FACTORS))
-        for name, rows, columns in facts["sketches"]
-    }
+    sketches = sketches_of(facts["sketches"], factors)
     stored = groups["rows"]
     maps: dict[str, Any] = {name: groups.get(name, {}) for name in _MAPS}
     chord = Chord(
@@ -189,6 +188,31 @@ def _assemble(groups: Groups, facts: Mapping[str, Any]) -> Chord:
     )  # fmt: skip
     check_chord(chord)
     return chord
+
+
+def sketches_of(listed: Any, factors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, KroneckerSketch]:
+    """The first stage of a chord's sketch.
+
+    Args:
+        listed: ``[name, rows, columns]`` of each, as a file says it.
+        factors: Side -> name -> factor.
+
+    Returns:
+        Name -> sketch, without the training side.
+
+    Raises:
+        ValueError: If the list is none, or has a name twice.
+    """
+    for name, *sizes in listed:
+        if not isinstance(name, str) or len(sizes) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in sizes):
+            raise ValueError(f"a sketch of {str(name)[:80]!r} without two sizes")
+    sketches = {
+        name: KroneckerSketch(rows, columns, None, None, *(factors[side].get(name) for side in FACTORS))
+        for name, rows, columns in listed
+    }
+    if len(sketches) != len(listed):
+        raise ValueError("two sketches of one parameter")
+    return sketches
 
 
 def check_chord(chord: Chord) -> None:

@@ -296,6 +296,8 @@ CHORDS: dict[str, Change] = {
         for value in values
     },
     "a sketch of 2^62 rows": sketch(lambda s: s[0].__setitem__(1, 2**62)),
+    "a sketch of 2^31 times a text": sketch(lambda s: s.append([1, 2**31, "I8"])),
+    "a sketch of true rows": sketch(lambda s: s[0].__setitem__(1, True)),
     "a sketch of -1 rows": sketch(lambda s: s[0].__setitem__(1, -1)),
     "a sketch twice": sketch(lambda s: s.append(s[0])),
     "a sketch without a parameter": sketch(lambda s: s[0].__setitem__(0, "other")),
