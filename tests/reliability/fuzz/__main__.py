@@ -45,7 +45,8 @@ def fuzz(root: Path) -> None:
             return atheris.Mutate(data, max_size)
         return (data[:1] + mutated(data[1:], rng))[:max_size]
 
-    atheris.Setup([*sys.argv, "-max_len=65536", "-timeout=10", str(corpus)], one_input, custom_mutator=mutate)
+    limits = ["-max_len=20480", "-timeout=10", "-rss_limit_mb=800"]
+    atheris.Setup([sys.argv[0], *limits, *sys.argv[1:], str(corpus)], one_input, custom_mutator=mutate)
     atheris.Fuzz()
 
 
