@@ -25,6 +25,7 @@ import torch
 from tests.reliability import audit, damage, faults, hostile, kills, sharing
 from tests.reliability.counts import COUNTS
 from tests.reliability.fuzz.plain import plain
+from tests.reliability.limits import set_minutes, set_part
 from tests.reliability.sample import made
 
 __all__ = ["CAMPAIGNS"]
@@ -93,13 +94,17 @@ def main() -> int:
     parser.add_argument("--count", type=int, help="how many; 0 for all there are; default: the full figure")
     parser.add_argument("--sample", action="store_true", help="as few as the quick suite runs")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, help="for each: what is reached by then is reported")
+    parser.add_argument("--part", default="1/1", help="of faults and crashes: 2/3 is the second of three parts")
     parser.add_argument("--root", type=Path, help="a directory for its files; default: a temporary one, in memory")
     parser.add_argument("--json", action="store_true", help="one line of JSON for each")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     found = 0
+    set_part(options.part)
     for name in options.names:
+        set_minutes(options.minutes)
         count = COUNTS[name].sample if options.sample else COUNTS[name].full
         count = count if options.count is None else options.count
         report, seconds = _run(name, count, options.seed, options.root)

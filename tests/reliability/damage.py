@@ -17,6 +17,7 @@ from typing import Any
 
 from lightning_pathkernel import ArtifactError, KernelMachineExporter, verify
 from tests.reliability.forks import forked
+from tests.reliability.limits import time_left
 from tests.reliability.sample import answers, made
 from tests.reliability.trees import differences, tree
 from tests.store.artifacts import MANIFEST, network
@@ -160,6 +161,8 @@ def _campaign(root: Path, count: int, seed: int, cut: bool, asked: int) -> Damag
     damages = _drawn(bench.machine, count, rng, cut)
     report.files = {damage.file for damage in damages}
     for start in range(0, count, _BLOCK):
+        if not time_left():
+            break
         block = damages[start : start + _BLOCK]
         each = max(1, count // asked)
         _add(report, block[::each], lambda b: bench.artifact(b, True))
@@ -169,6 +172,8 @@ def _campaign(root: Path, count: int, seed: int, cut: bool, asked: int) -> Damag
     recorded = _drawn(bench.recording, max(1, count // 4), rng, cut)
     report.files |= {f"recording/{damage.file}" for damage in recorded}
     for start in range(0, len(recorded), _BLOCK):
+        if not time_left():
+            break
         _add(report, recorded[start : start + _BLOCK], bench.recorded)
     return report
 

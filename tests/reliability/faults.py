@@ -26,6 +26,7 @@ from lightning_pathkernel import verify
 from tests.reliability.crash import KEPT, Disk, written
 from tests.reliability.exports import export
 from tests.reliability.forks import Ended, forked
+from tests.reliability.limits import part_of, time_left
 from tests.reliability.shim import FAULTS, Operation, Shim
 from tests.reliability.training import checkpoints, train
 from tests.reliability.trees import differences, final, torn, tree
@@ -40,13 +41,15 @@ class FaultReport:
     Attributes:
         sites: Operations in an undisturbed run.
         places: Where in the package they are: ``file.py:line kind``.
-        injected: Faults that were met, or crashes played.
+        planned: Faults to be injected, or crashes to be played, of all parts together.
+        injected: How many were.
         raised: How many of them ended in an error.
         wrong: Every finding, empty if all went well.
     """
 
     sites: int = 0
     places: set[str] = field(default_factory=set)
+    planned: int = 0
     injected: int = 0
     raised: int = 0
     wrong: list[str] = field(default_factory=list)
@@ -67,14 +70,18 @@ def _logged(work: Callable[[Shim], Any], shim: Shim, out: Path) -> Ended:
 
 
 def _fit(root: Path, resume: Path | None = None, **options: Any) -> Callable[[Shim], Any]:
-    return lambda shim: train(root, resume, on_checkpoint=lambda path: shim.mark(path.name), **options)
+    return lambda shim: train(root, resume, on_checkpoint=lambda path: shim.mark(path.name), **{**_SHORT, **options})
+
+
+_SHORT: dict[str, Any] = {"epochs": 1, "nodes": 2}
+"""A fit that has every place of a longer one, and fewer operations."""
 
 
 class _Fits:
     """An undisturbed fit, and ones that are disturbed."""
 
     def __init__(self, root: Path, **options: Any) -> None:
-        self.root, self.options, self.report = root, options, FaultReport()
+        self.root, self.options, self.report, self.part = root, options, FaultReport(), part_of()
         (root / "reference" / "run").mkdir(parents=True)
         shim = Shim(root / "reference" / "run")
         self.ended = _logged(_fit(root / "reference", **options), shim, root / "log")
@@ -100,7 +107,10 @@ class _Fits:
             for fault in FAULTS
             if (fault != "short write" or len(op.data) > 1) and not (fault == "ENOSPC" and op.kind == "rmdir")
         ]
-        return found if count is None or count >= len(found) else sorted(random.Random(seed).sample(found, count))
+        random.Random(seed).shuffle(found)
+        self.report.planned = len(found) if count is None else min(count, len(found))
+        part, parts = self.part
+        return found[: self.report.planned][part::parts]
 
     def disturbed(self, number: int, fault: str) -> tuple[Path, Ended, Operation | None]:
         run = self.root / f"run-{number}-{fault.replace(' ', '-')}"
@@ -143,6 +153,8 @@ def recording(root: Path, count: int | None, seed: int) -> FaultReport:
     """
     fits = _Fits(root)
     for number, fault in fits.sites(count, seed):
+        if not time_left():
+            break
         run, ended, fired = fits.disturbed(number, fault)
         if fired is None:
             fits.report.wrong.append(f"operation {number} was not reached in another run")
@@ -167,7 +179,7 @@ def _goes_on(run: Path, expected: dict[str, str]) -> list[str]:
     found = checkpoints(run)
     if not found:
         shutil.rmtree(run, ignore_errors=True)
-    ended = forked(lambda: train(run, found[-1] if found else None))
+    ended = forked(lambda: train(run, found[-1] if found else None, **_SHORT))
     if ended.error or ended.signal:
         return [f"cannot be resumed: {ended.error or ended.signal}"]
     return [f"resumed: {line}" for line in differences(final(tree(run / "run")), final(expected))]
@@ -177,6 +189,8 @@ def stopping(root: Path, count: int | None, seed: int) -> FaultReport:
     """Faults in a fit whose training is worth more than its recording; arguments as in `recording`."""
     fits = _Fits(root, on_store_error="stop_recording")
     for number, fault in fits.sites(count, seed):
+        if not time_left():
+            break
         run, ended, fired = fits.disturbed(number, fault)
         if fired is None:
             fits.report.wrong.append(f"operation {number} was not reached in another run")
@@ -204,6 +218,8 @@ def exporting(root: Path, count: int | None, seed: int) -> FaultReport:
     fits.log, expected = log, tree(root / "out")
     fits.report.sites, fits.report.places = len(log), {f"{op.place} {op.kind}" for op in log}
     for number, fault in fits.sites(count, seed):
+        if not time_left():
+            break
         shutil.rmtree(root / "out")
         (root / "out").mkdir()
         shim = Shim(root / "out", number, fault)
@@ -263,7 +279,7 @@ def _limited(run: Path, limit: int, stopping: bool) -> Any:
     (run / "run").mkdir(parents=True)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    return train(run, checkpoint=False, on_store_error="stop_recording" if stopping else "raise")
+    return train(run, checkpoint=False, **_SHORT, on_store_error="stop_recording" if stopping else "raise")
 
 
 def _exportable(run: Path) -> list[str]:
@@ -286,7 +302,9 @@ def crashes(root: Path, count: int | None, seed: int, resumed: int = 20) -> Faul
     fits, rng = _Fits(root), random.Random(seed)
     expected = _contents(root / "reference" / "run")
     moments = [(number, kept) for number in range(len(fits.log) + 1) for kept in KEPT]
-    chosen = set(moments if count is None else rng.sample(moments, min(count, len(moments))))
+    planned = len(moments) if count is None else min(count, len(moments))
+    chosen = set(rng.sample(moments, planned)[fits.part[0] :: fits.part[1]])
+    fits.report.planned = planned
     resuming = set(rng.sample(sorted(chosen), min(resumed, len(chosen))))
     disk, committed, mark, known = Disk(), dict[str, bytes](), "", dict[int, list[str]]()
     for number in range(len(fits.log) + 1):
@@ -295,7 +313,7 @@ def crashes(root: Path, count: int | None, seed: int, resumed: int = 20) -> Faul
             if fits.log[number - 1].kind == "mark":
                 mark, committed = fits.log[number - 1].other, _final(disk.files())
         for kept in KEPT:
-            if (number, kept) not in chosen:
+            if (number, kept) not in chosen or not time_left():
                 continue
             files = disk.files(kept, seed + number)
             fits.report.injected += 1

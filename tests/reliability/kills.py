@@ -18,6 +18,7 @@ from pathlib import Path
 from lightning_pathkernel import verify
 from tests.reliability.exports import export
 from tests.reliability.forks import Child, Ended, Phase, forked
+from tests.reliability.limits import time_left
 from tests.reliability.training import PHASES, TRAINING, checkpoints, train
 from tests.reliability.trees import differences, final, torn, tree
 
@@ -186,7 +187,7 @@ def campaign(root: Path, count: int, seed: int, ranks: int = 1) -> KillReport:
     """
     campaign = _Campaign(root, count, seed, ranks)
     number = 0
-    while campaign.report.kills < count:
+    while campaign.report.kills < count and time_left():
         campaign.one_run(f"run-{number}")
         number += 1
     return campaign.report

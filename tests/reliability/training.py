@@ -115,7 +115,8 @@ def checkpoints(root: Path) -> list[Path]:
 
 def train(
     root: Path, resume: Path | None = None, phase: Phase | None = None, rank: int = 0, ranks: int = 1, port: int = 0,
-    on_checkpoint: Callable[[Path], None] | None = None, checkpoint: bool = True, **options: Any,
+    on_checkpoint: Callable[[Path], None] | None = None, checkpoint: bool = True,
+    epochs: int = EPOCHS, **options: Any,
 ) -> dict[str, list[float]]:  # fmt: skip
     """Train, from the beginning or from a checkpoint, recorded and exported under ``root``.
 
@@ -128,6 +129,7 @@ def train(
         port: Where the first of several processes listens.
         on_checkpoint: Told of every checkpoint once it is written.
         checkpoint: Whether checkpoints are written at all.
+        epochs: How long.
         options: Of the callback.
 
     Returns:
@@ -148,7 +150,7 @@ def train(
     )  # fmt: skip
     kernel = PathKernelCallback(str(root / "run"), **{"sketch_dim": 16, "nodes": 3, "probes": 4, **options})
     trainer = pl.Trainer(
-        max_epochs=EPOCHS, accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", logger=False,
+        max_epochs=epochs, accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", logger=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=root, num_sanity_val_steps=0,
         use_distributed_sampler=False, enable_checkpointing=checkpoint,
         callbacks=[*([Watch(phase)] if phase else []), kernel, *([keep] if checkpoint else [])],

@@ -14,6 +14,7 @@ from tests.reliability.forks import forked
 from tests.reliability.fuzz.doors import DOORS, Target
 from tests.reliability.fuzz.mutations import mutated
 from tests.reliability.fuzz.seeds import seeds
+from tests.reliability.limits import time_left
 
 __all__ = ["FuzzReport", "plain"]
 
@@ -49,7 +50,7 @@ def plain(root: Path, count: int, seed: int) -> FuzzReport:
     """
     sound, node = seeds(root / "seeds")
     report, number = FuzzReport(), 0
-    while report.inputs < count:
+    while report.inputs < count and time_left():
         size = min(_BLOCK, count - report.inputs)
         place = root / f"block-{number}"
         place.mkdir()
