@@ -24,6 +24,8 @@ import torch
 
 from tests.reliability import audit, damage, faults, hostile, kills, sharing
 from tests.reliability.counts import COUNTS
+from tests.reliability.crashes import crashes
+from tests.reliability.full_disk import full_disk
 from tests.reliability.fuzz.plain import plain
 from tests.reliability.limits import set_minutes, set_part
 from tests.reliability.sample import made
@@ -41,8 +43,9 @@ CAMPAIGNS: dict[str, Callable[[Path, int | None, int], Any]] = {
     "faults-recording": faults.recording,
     "faults-stopping": faults.stopping,
     "faults-exporting": faults.exporting,
-    "crashes": faults.crashes,
-    "full-disk": faults.full_disk,
+    "faults-resuming": faults.resuming,
+    "crashes": crashes,
+    "full-disk": full_disk,
     "flips": lambda root, count, seed: damage.flips(root, count or 1, seed, 2500),
     "truncations": lambda root, count, seed: damage.truncations(root, count or 1, seed, 2500),
     "hostile": hostile.campaign,

@@ -21,6 +21,7 @@ COUNTS = {
     "faults-recording": Count(4, 0),
     "faults-stopping": Count(4, 0),
     "faults-exporting": Count(8, 0),
+    "faults-resuming": Count(3, 0),
     "crashes": Count(24, 0),
     "full-disk": Count(2, 20),
     "flips": Count(45, 10_000),

@@ -1,4 +1,4 @@
-"""Every operation on files in a recorded fit and in an export is made to fail, and every crash is played.
+"""Every operation on files in a recorded fit and in an export is made to fail.
 
 - `recording`: in a fit with ``on_store_error="raise"`` operation after operation fails. Either the fit ends as if
   nothing had been, or its error says what failed; no file at a final path is torn, nothing temporary is left, and the
@@ -6,7 +6,7 @@
 - `stopping`: the same with ``on_store_error="stop_recording"``: the network is trained to the end, to the same weights,
   and what was recorded up to then can be exported.
 - `exporting`: the same of an export alone.
-- `crashes`: all prefixes of the log, with all, none or some of what was not synced.
+- `resuming`: the same of what a resumed fit does with the files it finds, before it writes any.
 """
 
 from __future__ import annotations
@@ -14,16 +14,13 @@ from __future__ import annotations
 import os
 import pickle
 import random
-import resource
 import shutil
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_pathkernel import verify
-from tests.reliability.crash import KEPT, Disk, written
+from tests.reliability.crash import Disk
 from tests.reliability.exports import export
 from tests.reliability.forks import Ended, forked
 from tests.reliability.limits import part_of, time_left
@@ -31,7 +28,19 @@ from tests.reliability.shim import FAULTS, Operation, Shim
 from tests.reliability.training import checkpoints, train
 from tests.reliability.trees import differences, final, torn, tree
 
-__all__ = ["FaultReport", "crashes", "exporting", "full_disk", "recording", "stopping"]
+__all__ = [
+    "SHORT",
+    "FaultReport",
+    "Fits",
+    "contents",
+    "exportable",
+    "exporting",
+    "goes_on",
+    "logged",
+    "recording",
+    "resuming",
+    "stopping",
+]
 
 
 @dataclass
@@ -55,7 +64,7 @@ class FaultReport:
     wrong: list[str] = field(default_factory=list)
 
 
-def _logged(work: Callable[[Shim], Any], shim: Shim, out: Path) -> Ended:
+def logged(work: Callable[[Shim], Any], shim: Shim, out: Path) -> Ended:
     """Do it in a child with the shim between, and leave the log in a file."""
 
     def child() -> Any:
@@ -70,28 +79,28 @@ def _logged(work: Callable[[Shim], Any], shim: Shim, out: Path) -> Ended:
 
 
 def _fit(root: Path, resume: Path | None = None, **options: Any) -> Callable[[Shim], Any]:
-    return lambda shim: train(root, resume, on_checkpoint=lambda path: shim.mark(path.name), **{**_SHORT, **options})
+    return lambda shim: train(root, resume, on_checkpoint=lambda path: shim.mark(path.name), **{**SHORT, **options})
 
 
-_SHORT: dict[str, Any] = {"epochs": 1, "nodes": 2}
+SHORT: dict[str, Any] = {"epochs": 1, "nodes": 2}
 """A fit that has every place of a longer one, and fewer operations."""
 
 
-class _Fits:
+class Fits:
     """An undisturbed fit, and ones that are disturbed."""
 
     def __init__(self, root: Path, **options: Any) -> None:
         self.root, self.options, self.report, self.part = root, options, FaultReport(), part_of()
         (root / "reference" / "run").mkdir(parents=True)
         shim = Shim(root / "reference" / "run")
-        self.ended = _logged(_fit(root / "reference", **options), shim, root / "log")
+        self.ended = logged(_fit(root / "reference", **options), shim, root / "log")
         if self.ended.error or self.ended.signal:
             raise RuntimeError(f"the undisturbed run failed: {self.ended}")
         self.log: list[Operation] = pickle.loads((root / "log").read_bytes())[0]
         self.expected = tree(root / "reference" / "run")
         replayed = replay(self.log)
         seen = {n: c for n, c in replayed.files().items() if not n.endswith("/")}
-        there = _contents(root / "reference" / "run")
+        there = contents(root / "reference" / "run")
         if seen != there:
             raise RuntimeError(f"something went past the shim: {sorted(seen.items() ^ there.items())[:1]}")
         operations = [op for op in self.log if op.kind != "mark"]
@@ -115,7 +124,7 @@ class _Fits:
     def disturbed(self, number: int, fault: str) -> tuple[Path, Ended, Operation | None]:
         run = self.root / f"run-{number}-{fault.replace(' ', '-')}"
         (run / "run").mkdir(parents=True)
-        ended = _logged(_fit(run, **self.options), Shim(run / "run", number, fault), self.root / "log")
+        ended = logged(_fit(run, **self.options), Shim(run / "run", number, fault), self.root / "log")
         return run, ended, pickle.loads((self.root / "log").read_bytes())[1]
 
 
@@ -143,6 +152,15 @@ def _disturbed(run: Path, expected: dict[str, str], removing: bool) -> list[str]
     return torn(run / "run", expected) + [f"{name} was left behind" for name in left if not removing]
 
 
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def exportable(run: Path) -> list[str]:
+    ended = forked(lambda: export(run / "run" / "recording", run / "exported"))
+    return [] if ended.value is not None else [f"cannot be exported: {ended.error or ended.signal}"]
+
+
 def recording(root: Path, count: int | None, seed: int) -> FaultReport:
     """Faults in a fit that ends when its recording cannot be written.
 
@@ -151,7 +169,7 @@ def recording(root: Path, count: int | None, seed: int) -> FaultReport:
         count: Faults to inject; None for all.
         seed: Of the choice among them.
     """
-    fits = _Fits(root)
+    fits = Fits(root)
     for number, fault in fits.sites(count, seed):
         if not time_left():
             break
@@ -165,21 +183,30 @@ def recording(root: Path, count: int | None, seed: int) -> FaultReport:
         if ended.error or ended.signal:
             fits.report.raised += 1
             wrong += filter(None, [_clear(ended, fault)])
-            wrong += _goes_on(run, fits.expected)
+            wrong += goes_on(run, fits.expected)
         else:
             wrong += differences(final(tree(run / "run")), final(fits.expected)) if fault == "short write" else []
-            wrong += _goes_on(run, fits.expected) if fault != "short write" else []
+            wrong += goes_on(run, fits.expected) if fault != "short write" else []
         fits.report.wrong += [f"{where}: {line}" for line in wrong]
         shutil.rmtree(run)
     return fits.report
 
 
-def _goes_on(run: Path, expected: dict[str, str]) -> list[str]:
-    """Resume from the latest checkpoint, undisturbed."""
-    found = checkpoints(run)
+def goes_on(run: Path, expected: dict[str, str], found: list[Path] | None = None) -> list[str]:
+    """Resume from the latest checkpoint, or the last of some, undisturbed; without one begin anew.
+
+    Args:
+        run: The run.
+        expected: What an undisturbed run leaves.
+        found: The checkpoints.
+
+    Returns:
+        What went wrong.
+    """
+    found = checkpoints(run) if found is None else found
     if not found:
         shutil.rmtree(run, ignore_errors=True)
-    ended = forked(lambda: train(run, found[-1] if found else None, **_SHORT))
+    ended = forked(lambda: train(run, found[-1] if found else None, **SHORT))
     if ended.error or ended.signal:
         return [f"cannot be resumed: {ended.error or ended.signal}"]
     return [f"resumed: {line}" for line in differences(final(tree(run / "run")), final(expected))]
@@ -187,7 +214,7 @@ def _goes_on(run: Path, expected: dict[str, str]) -> list[str]:
 
 def stopping(root: Path, count: int | None, seed: int) -> FaultReport:
     """Faults in a fit whose training is worth more than its recording; arguments as in `recording`."""
-    fits = _Fits(root, on_store_error="stop_recording")
+    fits = Fits(root, on_store_error="stop_recording")
     for number, fault in fits.sites(count, seed):
         if not time_left():
             break
@@ -201,7 +228,7 @@ def stopping(root: Path, count: int | None, seed: int) -> FaultReport:
         if ended.value != fits.ended.value:
             fits.report.raised += 1
             wrong.append(f"training did not go on to the same weights: {ended.error or ended.signal}")
-        wrong += _exportable(run)
+        wrong += exportable(run)
         fits.report.wrong += [f"{where}: {line}" for line in wrong]
         shutil.rmtree(run)
     return fits.report
@@ -209,11 +236,11 @@ def stopping(root: Path, count: int | None, seed: int) -> FaultReport:
 
 def exporting(root: Path, count: int | None, seed: int) -> FaultReport:
     """Faults in an export; arguments as in `recording`."""
-    fits = _Fits(root)
+    fits = Fits(root)
     recorded = root / "reference" / "run" / "recording"
     (root / "out").mkdir()
     shim = Shim(root / "out")
-    _logged(lambda shim: export(recorded, root / "out" / "machine"), shim, root / "log")
+    logged(lambda shim: export(recorded, root / "out" / "machine"), shim, root / "log")
     log = pickle.loads((root / "log").read_bytes())[0]
     fits.log, expected = log, tree(root / "out")
     fits.report.sites, fits.report.places = len(log), {f"{op.place} {op.kind}" for op in log}
@@ -223,7 +250,7 @@ def exporting(root: Path, count: int | None, seed: int) -> FaultReport:
         shutil.rmtree(root / "out")
         (root / "out").mkdir()
         shim = Shim(root / "out", number, fault)
-        ended = _logged(lambda shim: export(recorded, root / "out" / "machine"), shim, root / "log")
+        ended = logged(lambda shim: export(recorded, root / "out" / "machine"), shim, root / "log")
         fired = pickle.loads((root / "log").read_bytes())[1]
         if fired is None:
             fits.report.wrong.append(f"operation {number} was not reached in another export")
@@ -246,123 +273,37 @@ def exporting(root: Path, count: int | None, seed: int) -> FaultReport:
     return fits.report
 
 
-def full_disk(root: Path, count: int | None, seed: int) -> FaultReport:
-    """A limit of the kernel's own, without the shim: no file may grow beyond a size drawn at random (RLIMIT_FSIZE).
+def resuming(root: Path, count: int | None, seed: int) -> FaultReport:
+    """Faults while a fit that goes on from an older checkpoint puts later segments aside; as in `recording`."""
+    fits = Fits(root)
 
-    Args:
-        root: An empty directory.
-        count: Limits to try, half of them with ``on_store_error="stop_recording"``; None for 20.
-        seed: Of the limits.
-    """
-    fits, rng = _Fits(root), random.Random(seed)
-    largest = max(len(content) for content in _contents(root / "reference" / "run").values())
-    for number in range(20 if count is None else count):
-        run, limit, stopping = root / f"run-{number}", rng.randrange(largest), number % 2 == 1
-        ended = forked(lambda run=run, limit=limit, stopping=stopping: _limited(run, limit, stopping))  # type: ignore[misc]
-        fits.report.injected += 1
+    def prepared(run: Path) -> Path:
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(root / "reference", run)
+        shutil.rmtree(run / "run" / "machine")
+        for later in checkpoints(run)[1:]:
+            later.unlink()
+        return checkpoints(run)[0]
+
+    run = root / "again"
+    resume = prepared(run)
+    logged(_fit(run, resume), Shim(run / "run"), root / "log")
+    log: list[Operation] = pickle.loads((root / "log").read_bytes())[0]
+    new = next(number for number, op in enumerate(log) if op.kind == "open" and op.path.endswith(".tmp"))
+    fits.log = log[:new]
+    fits.report.sites, fits.report.places = new, {f"{op.place} {op.kind}" for op in fits.log}
+    for number, fault in fits.sites(count, seed):
+        if not time_left():
+            break
+        resume = prepared(run)
+        ended = logged(_fit(run, resume), Shim(run / "run", number, fault), root / "log")
+        fired = pickle.loads((root / "log").read_bytes())[1]
+        fits.report.injected += fired is not None
         fits.report.raised += ended.value is None
-        wrong = torn(run / "run", fits.expected)
-        if ended.value is None:
-            wrong += ["training did not go on"] if stopping else []
-            wrong += [] if ended.error and "File too large" in ended.error[1] else [f"{ended.error or ended.signal}"]
-        elif ended.value != fits.ended.value:
-            wrong.append("other weights")
-        if stopping:
-            wrong += _exportable(run)
-        fits.report.wrong += [f"files of at most {limit} bytes: {line}" for line in wrong]
-        shutil.rmtree(run)
+        wrong = [] if ended.value is not None else list(filter(None, [_clear(ended, fault)]))
+        wrong += goes_on(run, fits.expected, checkpoints(run)[:1]) if ended.value is None else []
+        where = (
+            f"{fault} at operation {number}" if fired is None else f"{fault} at {fired.place} {fired.kind} {fired.path}"
+        )
+        fits.report.wrong += [f"{where}: {line}" for line in wrong]
     return fits.report
-
-
-def _limited(run: Path, limit: int, stopping: bool) -> Any:
-    """A fit in which no file of the recording may grow beyond a limit; no checkpoints are written."""
-    (run / "run").mkdir(parents=True)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    return train(run, checkpoint=False, **_SHORT, on_store_error="stop_recording" if stopping else "raise")
-
-
-def _exportable(run: Path) -> list[str]:
-    ended = forked(lambda: export(run / "run" / "recording", run / "exported"))
-    return [] if ended.value is not None else [f"cannot be exported: {ended.error or ended.signal}"]
-
-
-# crashes
-
-
-def crashes(root: Path, count: int | None, seed: int, resumed: int = 20) -> FaultReport:
-    """Crashes after every operation, with every choice of what was kept.
-
-    Args:
-        root: An empty directory.
-        count: Crashes to play; None for all.
-        seed: Of the choice among them, and of what is kept by chance.
-        resumed: After how many of them the run is resumed and compared with the undisturbed one.
-    """
-    fits, rng = _Fits(root), random.Random(seed)
-    expected = _contents(root / "reference" / "run")
-    moments = [(number, kept) for number in range(len(fits.log) + 1) for kept in KEPT]
-    planned = len(moments) if count is None else min(count, len(moments))
-    chosen = set(rng.sample(moments, planned)[fits.part[0] :: fits.part[1]])
-    fits.report.planned = planned
-    resuming = set(rng.sample(sorted(chosen), min(resumed, len(chosen))))
-    disk, committed, mark, known = Disk(), dict[str, bytes](), "", dict[int, list[str]]()
-    for number in range(len(fits.log) + 1):
-        if number:
-            disk.apply(fits.log[number - 1])
-            if fits.log[number - 1].kind == "mark":
-                mark, committed = fits.log[number - 1].other, _final(disk.files())
-        for kept in KEPT:
-            if (number, kept) not in chosen or not time_left():
-                continue
-            files = disk.files(kept, seed + number)
-            fits.report.injected += 1
-            key = hash(tuple(files.items()))
-            if key not in known:
-                known[key] = _survived(files, expected, root)
-            lost = [f"{n} was there at {mark} and is lost" for n, c in committed.items() if files.get(n) != c]
-            wrong = known[key] + lost
-            if (number, kept) in resuming:
-                wrong = wrong + _after_crash(files, mark, fits, root)
-            fits.report.wrong += [f"crash after operation {number}, {kept} kept: {line}" for line in wrong]
-    return fits.report
-
-
-def _contents(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
-
-
-def _final(files: dict[str, bytes]) -> dict[str, bytes]:
-    """Files that are not temporary, without the metrics, which newer ones replace, and the lock."""
-    return {
-        name: content
-        for name, content in files.items()
-        if not name.endswith("/") and ".tmp" not in name and "metrics" not in name and "lock" not in name
-    }
-
-
-def _survived(files: dict[str, bytes], expected: dict[str, bytes], root: Path) -> list[str]:
-    """What is torn at a final path, or cannot be read."""
-    wrong = [f"{n} is torn" for n, c in _final(files).items() if n in expected and c != expected[n]]
-    written(files, root / "crashed")
-    machine = root / "crashed" / "machine"
-    if machine.exists():
-        ended = forked(lambda: verify(machine))
-        wrong += [f"machine: {ended.error}"] if ended.error else []
-    if (root / "crashed" / "recording").exists():
-        ended = forked(lambda: export(root / "crashed" / "recording", root / "crashed" / "again"))
-        wrong += [f"export: {ended.error}"] if ended.error else []
-    shutil.rmtree(root / "crashed")
-    return wrong
-
-
-def _after_crash(files: dict[str, bytes], mark: str, fits: _Fits, root: Path) -> list[str]:
-    """Resume from the latest checkpoint; it is taken to be whole, for Lightning writes it."""
-    run = root / "after"
-    if mark.endswith(".ckpt"):
-        written(files, run / "run")
-        (run / "checkpoints").mkdir()
-        shutil.copy(root / "reference" / "checkpoints" / mark, run / "checkpoints" / mark)
-    wrong = _goes_on(run, fits.expected)
-    shutil.rmtree(run)
-    return wrong

@@ -16,8 +16,9 @@ from typing import Any
 
 from lightning_pathkernel import ArtifactError, verify
 from tests.reliability.forks import forked, measured
+from tests.reliability.hostile_chords import CHORDS
 from tests.reliability.hostile_manifests import DIRECTORIES, EDITS, NAMES, TEXTS, Change, keys
-from tests.reliability.hostile_tensors import CHORDS, FILES, HEADERS
+from tests.reliability.hostile_tensors import FILES, HEADERS
 from tests.reliability.sample import answers, made
 from tests.store.artifacts import MANIFEST, edit, network
 

@@ -21,7 +21,7 @@ FORKING = [name for name in COUNTS if name != "fuzz-atheris"]
 
 SAMPLES = {
     "interrupted": ("kills", "kills-two-ranks", "writers"),
-    "failing": ("faults-recording", "faults-stopping", "faults-exporting", "full-disk", "crashes"),
+    "failing": ("faults-recording", "faults-stopping", "faults-exporting", "faults-resuming", "full-disk", "crashes"),
     "foreign": ("flips", "truncations", "hostile", "fuzz", "audit", "readers"),
 }
 """What the quick suite runs in one process: most of the time goes into importing torch and Lightning."""
