@@ -104,7 +104,7 @@ class FitSession:
         self.store = FitStore(self._ranks, options.on_store_error)
         self.optimizers: Sequence[torch.optim.Optimizer] = trainer.optimizers
         self._handles: list[RemovableHandle] = []
-        self.history: list[dict[str, float | None]] = []
+        self.history: list[dict[str, float]] = []
         self._step_seconds = self._batch_started = 0.0
         self._moment = 0
         self._build(trainer, module)
@@ -164,7 +164,8 @@ class FitSession:
             if self._tracker is not None:
                 self._tracker.restore(state["tracker"])
             self._ids.restore(state["ids"], names)
-            self.history = [dict(entry) for entry in state["history"]]
+            history = state["history"]
+            self.history = [{n: math.nan if v is None else v for n, v in entry.items()} for entry in history]
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise FitError(
                 f"PathKernelCallback cannot resume: the recorder's state is not of this module and its optimisers "
@@ -255,19 +256,22 @@ class FitSession:
         """
         self._moment += 1
         values = {} if self._tracker is None else self._tracker.metrics(self.recorder.snapshot())
-        kept = {name: v if math.isfinite(v) else None for name, v in values.items()}
         if self.history and self.history[-1]["step"] == self.recorder.steps:
             self.history.pop()
-        self.history.append({"step": float(self.recorder.steps), **kept})
+        self.history.append({"step": float(self.recorder.steps), **values})
         own = self._timed.seconds + self.recorder.capture.seconds
         return {"overhead": own / self._step_seconds if self._step_seconds else 0.0, **values}
+
+    def _finite_history(self) -> list[dict[str, float | None]]:
+        """What is not finite (the network's outputs overflowed) is null, which strict JSON has."""
+        return [{n: v if math.isfinite(v) else None for n, v in entry.items()} for entry in self.history]
 
     # checkpoints and the end
 
     def _state(self, again: bool) -> dict[str, Any]:
         tracker = None if self._tracker is None else self._tracker.state()
         return {
-            "recorder": self.recorder.state(again), "tracker": tracker, "history": self.history,
+            "recorder": self.recorder.state(again), "tracker": tracker, "history": self._finite_history(),
             "ids": self._ids.state(),
         }  # fmt: skip
 
@@ -294,7 +298,7 @@ class FitSession:
             return state
         with self.store.guarded():
             self.recorder.finish()
-            self.store.end(self.recorder.steps, {"history": self.history}, together=True)
+            self.store.end(self.recorder.steps, {"history": self._finite_history()}, together=True)
             if not self.recorder.steps:
                 warnings.warn("PathKernelCallback: no optimiser step was made, so there is no machine.", stacklevel=2)
             elif self._options.export and self.recording:
@@ -322,7 +326,7 @@ class FitSession:
             if self._ranks.world == 1:
                 self.recorder.abandon_batch()
                 self.recorder.finish()
-                self.store.end(self.recorder.steps, {"history": self.history}, together=False)
+                self.store.end(self.recorder.steps, {"history": self._finite_history()}, together=False)
         except Exception as error:
             return state, f"{type(error).__name__}: {error}"
         return state, None

@@ -122,7 +122,7 @@ def run(
                                         **recorder})  # fmt: skip
     fit = trainer_for(root, [path_kernel, *(extra or [])], **trainer)
     module = make()
-    path_kernel.module = module  # type: ignore[attr-defined]
+    path_kernel.module, path_kernel.trainer = module, fit  # type: ignore[attr-defined]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with contextlib.suppress(Killed):

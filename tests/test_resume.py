@@ -183,9 +183,12 @@ def test_lightnings_own_checkpoints_and_last(tmp_path: Path) -> None:
     assert files_of(again.machine_dir) == files_of(whole.machine_dir)
 
 
-def test_a_finished_fit_goes_on_for_longer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("saved", ["at the last step", "after the end"])
+def test_a_finished_fit_goes_on_for_longer(saved: str, tmp_path: Path) -> None:
     root = tmp_path / "run"
     first = run(root, adamw, {}, {"max_epochs": 2}, [StopAfter(root / "end.ckpt", 2 * BATCHES, kill=False)])
+    if saved == "after the end":
+        first.trainer.save_checkpoint(root / "end.ckpt")
     before = files_of(first.machine_dir)
     again = run(root, adamw, {}, {"max_epochs": 4}, checkpoint=root / "end.ckpt")
     assert again.machine_dir == root / "run" / "machine-v1"
