@@ -175,7 +175,8 @@ def recording(root: Path, count: int | None, seed: int) -> FaultReport:
             break
         run, ended, fired = fits.disturbed(number, fault)
         if fired is None:
-            fits.report.wrong.append(f"operation {number} was not reached in another run")
+            fits.report.wrong.append(f"operation {number} was not reached in another run: {ended.error}")
+            shutil.rmtree(run)
             continue
         where = f"{fault} at operation {number}, {fired.place} {fired.kind} {fired.path}"
         fits.report.injected += 1
@@ -220,7 +221,8 @@ def stopping(root: Path, count: int | None, seed: int) -> FaultReport:
             break
         run, ended, fired = fits.disturbed(number, fault)
         if fired is None:
-            fits.report.wrong.append(f"operation {number} was not reached in another run")
+            fits.report.wrong.append(f"operation {number} was not reached in another run: {ended.error}")
+            shutil.rmtree(run)
             continue
         where = f"{fault} at operation {number}, {fired.place} {fired.kind} {fired.path}"
         fits.report.injected += 1
