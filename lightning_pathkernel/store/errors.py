@@ -44,8 +44,8 @@ class StoreError(OSError):
         number = getattr(error, "errno", None) or errno.EIO
         made = cls(
             number,
-            f"the recording could not be written on: {error}. {segments} segments are safe in {directory}; make room, "
-            "and resume from a checkpoint, or export what is there with KernelMachineExporter(recording).export(out)",
+            f"the recording cannot be written any further: {error}. {segments} segments are safe in {directory}; make "
+            "room, and resume from a checkpoint, or export what is there: KernelMachineExporter(recording).export(out)",
         )
         made.__cause__ = error
         return made
