@@ -8,10 +8,11 @@ PY := .venv/bin/python
 INSTALLED := .venv/.installed
 BENCH_INSTALLED := .venv/.installed-bench
 FUZZ_INSTALLED := .venv/.installed-fuzz
+DOCS_INSTALLED := .venv/.installed-docs
 # Where Debian's package dataset-fashion-mnist puts it.
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test test-slow lint types bench bench-quick clean
+.PHONY: demo test test-slow lint types browser docs bench bench-quick clean
 
 # The stamp is written last: an installation that broke off is begun again.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -19,6 +20,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	.venv/bin/pip install -c constraints.txt torch==2.13.0
 	.venv/bin/pip install -c constraints.txt -e ".[dev]"
 	touch $@
+
+# The browser in which the report is tested: from Debian, where we may install it. Without one its tests are skipped.
+browser:
+	@if command -v chromium chromium-browser google-chrome >/dev/null; then echo "Chromium is there."; \
+	elif test "$$(id -u)" = 0 && command -v apt-get >/dev/null; then \
+	  apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends chromium; \
+	else echo "No Chromium, and no right to install it: apt-get install chromium"; fi
 
 demo: $(INSTALLED)
 	$(PY) examples/digits.py
@@ -40,6 +48,17 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(PY) -m mypy
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	.venv/bin/pip install -c constraints.txt -e ".[docs]"
+	touch $@
+
+# The site, in build/site. Its pictures are those that the examples draw: one that is not there is drawn now.
+docs: $(DOCS_INSTALLED) $(foreach name,digits diabetes text,examples/out/$(name)/explanations.png)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+examples/out/%/explanations.png: $(INSTALLED)
+	test -f $@ || $(PY) examples/$*.py
 
 $(BENCH_INSTALLED): $(INSTALLED)
 	.venv/bin/pip install -c constraints.txt -e ".[bench]"

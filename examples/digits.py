@@ -1,4 +1,4 @@
-"""Handwritten digits: train a small CNN, log fidelity, export its kernel machine, explain five images.
+"""Handwritten digits: train a small CNN, log fidelity, export its kernel machine, explain images, write a report.
 
 Run it from a bare checkout with `make demo`. Everything it writes goes to `examples/out/digits`.
 """
@@ -9,7 +9,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import matplotlib
 import pytorch_lightning as pl
 import torch
 from sklearn.datasets import load_digits
@@ -18,9 +17,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_pathkernel import Explanation, KernelMachine, PathKernelCallback
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 OUT = Path(__file__).parent / "out" / "digits"
 
@@ -103,25 +99,6 @@ def print_explanation(why: Explanation, queries: Tensor, labels: Tensor, train_l
             print(f"  most {side:7s} " + ", ".join(shown))
 
 
-def draw(why: Explanation, x: Tensor, training: TensorDataset, path: Path) -> None:
-    """Each query beside the three training images most for it and the three most against it."""
-    images, labels = training.tensors
-    rows, columns = len(x), 1 + why.example_ids.shape[1]
-    figure, axes = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.8 * rows), layout="constrained")
-    for q in range(rows):
-        axes[q, 0].imshow(x[q, 0], cmap="gray_r")
-        axes[q, 0].set_title(f"query\nlogit {float(why.prediction[q]):.2f}", fontsize=9)
-        for j, (i, c) in enumerate(zip(why.example_ids[q], why.contributions[q], strict=True), start=1):
-            axes[q, j].imshow(images[i, 0], cmap="gray_r")
-            axes[q, j].set_title(f"id {int(i)}, a {int(labels[i])}\n{float(c):+.2f}", fontsize=9,
-                                 color="#1a7f37" if c > 0 else "#b3261e")  # fmt: skip
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-    figure.suptitle("Query, three training images most for it, three most against it")
-    figure.savefig(path, dpi=120)
-
-
 def main() -> int:
     """Train, export, explain; returns the exit status."""
     shutil.rmtree(OUT, ignore_errors=True)
@@ -131,10 +108,10 @@ def main() -> int:
     print_fidelity(machine, validation)
     queries = torch.arange(5)
     x, labels = validation.tensors[0][queries], validation.tensors[1][queries]
-    why = machine.explain(x, top_k=3)
-    print_explanation(why, queries, labels, training.tensors[1])
-    draw(why, x, training, OUT / "explanations.png")
-    print(f"\nPicture: {OUT / 'explanations.png'}\nMachine: {path_kernel.machine_dir}")
+    print_explanation(machine.explain(x, top_k=3), queries, labels, training.tensors[1])
+    asked = [tensor[:40] for tensor in validation.tensors]
+    report = machine.report(OUT / "report.html", asked, examples=training, title="Handwritten digits")
+    print(f"\nReport: {report}\nMachine: {path_kernel.machine_dir}")
     return 0
 
 

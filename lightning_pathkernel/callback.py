@@ -82,9 +82,12 @@ class PathKernelCallback(_Callback):
             the end. Where the end of the fit is unknown (``max_time``), the tolerance rises as the budget goes instead.
         on_store_error: What becomes of the fit when the recording cannot be written (a full disk): ``raise`` stops it,
             ``stop_recording`` stops the recording only. What was written before stays exportable.
+        log_figures: Hand figures of training (fidelity, error budget, kernel velocity and, where the machine is
+            exported, its path) to TensorBoard and Weights & Biases when fitting ends; needs matplotlib.
 
     Raises:
         ValueError: If a number is not positive, or there is no such sketch.
+        ModuleNotFoundError: If figures are to be logged and there is no matplotlib.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class PathKernelCallback(_Callback):
         tolerance: float | None = None,
         on_store_error: str = "raise",
         log_artifact: bool = False,
+        log_figures: bool = False,
     ) -> None:
         for name, value in (("sketch_dim", sketch_dim), ("nodes", nodes)):
             if value < 1:
@@ -119,6 +123,8 @@ class PathKernelCallback(_Callback):
             raise ValueError(f"unattributed must be 'refuse' or 'allow', found {unattributed!r}")
         if on_store_error not in ON_STORE_ERROR:
             raise ValueError(f"on_store_error must be one of {', '.join(ON_STORE_ERROR)}, found {on_store_error!r}")
+        if log_figures and find_spec("matplotlib") is None:
+            raise ModuleNotFoundError("log_figures needs matplotlib: pip install 'lightning-pathkernel[report]'")
         self.dirpath = dirpath
         self.sketch_dim = sketch_dim
         self.nodes = nodes
@@ -134,6 +140,7 @@ class PathKernelCallback(_Callback):
         self.tolerance = tolerance
         self.on_store_error = on_store_error
         self.log_artifact = log_artifact
+        self.log_figures = log_figures
         self.machine_dir: Path | None = None
         self.recording_dir: Path | None = None
         self._saved: dict[str, Any] = {}
@@ -285,6 +292,8 @@ class PathKernelCallback(_Callback):
         """Close the last chord and export."""
         if self._session is not None:
             saved = self._session.finish()
+            if self.log_figures and trainer.is_global_zero:
+                self._log_figures(trainer, pl_module, self._session.history)
             self._release(trainer)
             self._saved = saved
             if self.log_artifact and trainer.is_global_zero:
@@ -297,6 +306,15 @@ class PathKernelCallback(_Callback):
             return
         for told in upload_machine(self.machine_dir, trainer.loggers, trainer.global_step):
             rank_zero_info(f"PathKernelCallback: machine uploaded by {told}.")
+
+    def _log_figures(self, trainer: pl.Trainer, module: pl.LightningModule, history: list[dict[str, float]]) -> None:
+        from lightning_pathkernel.machine import KernelMachine
+        from lightning_pathkernel.report.loggers import log_figures
+
+        directory = self.machine_dir
+        found = directory is not None and directory.is_dir()
+        machine = KernelMachine.load(directory, module, self.forward_fn) if directory is not None and found else None
+        log_figures(trainer.loggers, history, machine)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave no hook behind, and a recording that can be exported up to here."""

@@ -52,8 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Any:
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
+    set_parsing_settings(add_print_completion_argument=True)
     about = "Kernel machines: a trained network as a bias and the contributions of its training examples."
     parser = ArgumentParser(prog="pathkernel", description=about)
     commands = parser.add_subcommands(required=True, metavar="COMMAND")
@@ -66,12 +67,13 @@ def _parser() -> Any:
 
 
 def _add_arguments(parser: Any, function: Callable[..., int], described: dict[str, str]) -> None:
-    """A parameter without a default is given by its place, a bool is true where it stands."""
+    """What has no default is given by its place, or by its name where it has none; a bool is true where it stands."""
     types = get_type_hints(function)
     for name, parameter in inspect.signature(function).parameters.items():
         text, option = " ".join(described[name].split()), f"--{name.replace('_', '-')}"
         if parameter.default is parameter.empty:
-            parser.add_argument(name, type=types[name], help=text)
+            required = {"required": True} if parameter.kind is parameter.KEYWORD_ONLY else {}
+            parser.add_argument(option if required else name, type=types[name], help=text, **required)
         elif types[name] is bool:
             parser.add_argument(option, action="store_true", help=text)
         else:

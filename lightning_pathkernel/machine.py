@@ -22,6 +22,7 @@ from lightning_pathkernel.network import ForwardFn, batch_size, take_rows
 from lightning_pathkernel.path import QuadratureRule
 from lightning_pathkernel.path_totals import PathTotals
 from lightning_pathkernel.ranking import all_contributions, strongest_contributions
+from lightning_pathkernel.reporting import report
 from lightning_pathkernel.store import Manifest
 
 __all__ = ["KernelMachine"]
@@ -115,6 +116,16 @@ class KernelMachine(PathTotals):
         return save_machine(path, self._path, self._network.module, self._manifest)
 
     @property
+    def directory(self) -> Path | None:
+        """Where its files are, on this machine; None for one that was never loaded."""
+        return None if self._manifest is None else self._manifest.directory
+
+    @property
+    def path(self) -> ChordPath:
+        """The chords, in the order of training, each read when it is come to."""
+        return self._path
+
+    @property
     def chords(self) -> tuple[Chord, ...]:
         """The chords, in the order of training; asking for them reads all examples into memory."""
         return tuple(chord.held() for chord in self._path)
@@ -160,6 +171,8 @@ class KernelMachine(PathTotals):
         machine = KernelMachine(network.module, path, network.forward_fn, self._rtol, self._points, self._chunk)
         machine._manifest = self._manifest
         return machine
+
+    report = report
 
     # parts
 
@@ -302,8 +315,7 @@ class KernelMachine(PathTotals):
         Negative: training on an example lowers its own loss. Taken in training, visit by visit, as
         ``-weight * <g_i, D g_i>`` with the gradient ``g_i`` as it reached the optimiser, as far as its chord's sketch
         keeps it, times the rows of the step, so that with a mean-reduced loss the unit is that of one example's loss.
-        Large magnitudes mark examples that the
-        network had to bend for: rare, hard or mislabelled ones.
+        Large magnitudes mark examples that the network had to bend for: rare, hard or mislabelled ones.
 
         Returns:
             One number per example.

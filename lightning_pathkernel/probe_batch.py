@@ -28,10 +28,10 @@ def collect_probes(trainer: Any, count: int) -> Any | None:
     Returns:
         The batch, or None, with a warning, where there is no validation loader.
     """
-    loaders = trainer.val_dataloaders
-    loader = next(iter(pytree.tree_leaves(loaders)), None) if loaders is not None else None
     if count == 0:
         return None
+    loaders = _validation_loaders(trainer)
+    loader = next(iter(pytree.tree_leaves(loaders)), None) if loaders is not None else None
     if loader is None:
         warnings.warn(
             "PathKernelCallback: there is no validation loader, so no fidelity is logged and the sketches are fitted "
@@ -47,6 +47,17 @@ def collect_probes(trainer: Any, count: int) -> Any | None:
             f"probes={count}, but the validation set has {found} examples: all of them are followed.", stacklevel=2
         )
     return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+
+
+def _validation_loaders(trainer: Any) -> Any | None:
+    """The validation loaders; set up now, as Lightning does, where its first validation is epochs away."""
+    if trainer.val_dataloaders is None and trainer.enable_validation:
+        trainer.validating = True
+        try:
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        finally:
+            trainer.training = True
+    return trainer.val_dataloaders
 
 
 @contextmanager

@@ -415,6 +415,17 @@ def test_no_validation_loader(tmp_path: Path) -> None:
     assert machine.fidelity(DataLoader(digits()[1], 50))["fidelity"] > 0.8
 
 
+def test_probes_are_there_where_the_first_validation_is_epochs_away(tmp_path: Path) -> None:
+    """No sanity check has set up the validation loader then; following probes must still change nothing."""
+    options: dict[str, Any] = {"num_sanity_val_steps": 0, "check_val_every_n_epoch": 2}
+    plain, recorded, path_kernel = Witness(), Witness(), callback(tmp_path)
+    fit(Classifier(), [plain], tmp_path, **options)
+    trainer = fit(Classifier(), [recorded, path_kernel], tmp_path, **options)
+    assert trainer.callback_metrics["pathkernel/fidelity"] > 0.9
+    assert all(torch.equal(a, b) for a, b in zip(plain.batches, recorded.batches, strict=True))
+    assert torch.equal(plain.torch_state, recorded.torch_state)
+
+
 def test_a_batch_of_one(tmp_path: Path) -> None:
     path_kernel = callback(tmp_path, sketch_dim=1024)
     fit(Classifier(lr=0.01), [path_kernel], tmp_path, batch_size=1, max_steps=30)

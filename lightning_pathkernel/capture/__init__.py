@@ -1,6 +1,13 @@
 """Per-example gradients from the user's own backward pass."""
 
-from lightning_pathkernel.capture.gradients import OuterGradient, PerExampleGradient, VectorGradient, matrix_shape
+from lightning_pathkernel.capture.gradients import (
+    DenseGradient,
+    FactoredGradient,
+    OuterGradient,
+    PerExampleGradient,
+    VectorGradient,
+    matrix_shape,
+)
 from lightning_pathkernel.capture.groups import RowGroup
 from lightning_pathkernel.capture.hooks import GradientCapture
 from lightning_pathkernel.capture.plan import CaptureError, CapturePlan, compiled_modules, plan_capture
@@ -9,6 +16,8 @@ from lightning_pathkernel.capture.rules import LayerCall, layer_rules, register_
 __all__ = [
     "CaptureError",
     "CapturePlan",
+    "DenseGradient",
+    "FactoredGradient",
     "GradientCapture",
     "LayerCall",
     "OuterGradient",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_pathkernel.capture import OuterGradient, PerExampleGradient, VectorGradient, matrix_shape
 from lightning_pathkernel.chord import Chord, QueryBuffer
-from lightning_pathkernel.network import Network, Tensors, take_rows
+from lightning_pathkernel.network import Network, Tensors, batch_size, take_rows
 from lightning_pathkernel.path import QuadratureRule
 from lightning_pathkernel.recording.ranks import Ranks
 from lightning_pathkernel.recording.samples import preconditioned_samples, scaled_samples
@@ -28,6 +28,8 @@ __all__ = ["Blocks", "fit_basis", "probe_gradients", "query_features", "random_c
 Blocks = Mapping[str, Sequence[PerExampleGradient]]
 """Parameter -> per-example gradients of each of its uses; the uses add up."""
 
+_ASKED, _MOST_ASKED = 64, 256
+"""Probes whose gradients the second stage asks for: at each point of a chord at least, and at most."""
 _FACTORS = ("train_left", "train_right", "query_left", "query_right")
 
 Scale = tuple[Tensor, Tensor]
@@ -61,12 +63,15 @@ def probe_gradients(
 def query_features(
     network: Network, probes: object, chord: Chord, rule: QuadratureRule, generator: torch.Generator
 ) -> Tensor:
-    """First-stage query features of the probes along a chord, ``[M, F]``."""
+    """First-stage query features of the probes along a chord, ``[M, F]``: each point asks its share of the probes."""
     parts = []
-    for t in rule.points:
+    stride = max(1, min(len(rule.points), batch_size(probes) // _ASKED))
+    for first, t in enumerate(rule.points):
+        asked = take_rows(probes, slice(first % stride, _MOST_ASKED, stride))
         blocks = probe_gradients(
-            network, probes, random_cotangent(generator), rows=256, weights=chord.weights(t), buffers=chord.end_buffers
-        )
+            network, asked, random_cotangent(generator), rows=_MOST_ASKED, weights=chord.weights(t),
+            buffers=chord.end_buffers,
+        )  # fmt: skip
         buffer = QueryBuffer(chord.sketches, chord.preconditioner, next(iter(blocks.values()))[0].n)
         for name, uses in blocks.items():
             for use in uses:

@@ -162,9 +162,20 @@ class KroneckerSketch:
         return (factor.unsqueeze(1) * factor).flatten(0, 1)
 
     def reexpress(self, features: Tensor, target: KroneckerSketch) -> Tensor:
-        """Training features ``[n, k]`` of this sketch in the basis of another, through the kept subspace."""
-        left = _change(target.train_left, self.query_left)
-        right = _change(target.train_right, self.query_right)
+        """Training features ``[n, k]`` of this sketch in the basis of another, through the kept subspace.
+
+        The rows are read back by the oblique projection ``Q^T (P Q^T)^-1 P``: with a factor such as a random one, which
+        is not its own inverse, ``Q^T P`` would make them longer every time.
+
+        Args:
+            features: Of this sketch, ``[n, k]``.
+            target: The other sketch, of the same parameter.
+
+        Returns:
+            Features of the other, ``[n, k']``.
+        """
+        left = _change(target.train_left, self.train_left, self.query_left)
+        right = _change(target.train_right, self.train_right, self.query_right)
         return _sandwich(left, features.unflatten(-1, self.shape), right).flatten(1)
 
     def scaled(self, left: Tensor, right: Tensor | None) -> KroneckerSketch:
@@ -212,7 +223,9 @@ class KroneckerSketch:
         return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
 
-def _change(new_train: Tensor | None, old_query: Tensor | None) -> Tensor | None:
-    if new_train is None:
-        return _transposed(old_query)
-    return new_train if old_query is None else new_train @ old_query.T
+def _change(new_train: Tensor | None, old_train: Tensor | None, old_query: Tensor | None) -> Tensor | None:
+    if old_train is None or old_query is None:
+        return new_train
+    kept = torch.linalg.pinv(old_train.double() @ old_query.double().T).to(old_query)
+    back = old_query.T @ kept
+    return back if new_train is None else new_train @ back

@@ -16,11 +16,11 @@ __all__ = ["SideEnergies", "share_out"]
 
 @dataclass(frozen=True)
 class SideEnergies:
-    """One parameter's energies.
+    """What the directions of one parameter count; `fit_sketches` takes fourth roots of energies.
 
     Attributes:
-        left: Energy of each direction of its rows, falling.
-        right: Energy of each direction of its columns, falling; products of the two compare between parameters.
+        left: Of each direction of its rows, falling.
+        right: Of each direction of its columns, falling; products of the two compare between parameters.
         riders: Parameters that keep one more feature for each direction of the rows: a bias.
     """
 

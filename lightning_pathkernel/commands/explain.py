@@ -1,0 +1,79 @@
+"""`pathkernel explain`: which training examples speak for and against predictions, and the ledger of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_pathkernel import store
+from lightning_pathkernel.commands.answer import answer, told
+from lightning_pathkernel.commands.inputs import find_forward, make_module, read_inputs, read_targets
+from lightning_pathkernel.explanation import Explanation
+from lightning_pathkernel.machine import KernelMachine
+
+__all__ = ["explain"]
+
+
+def explain(
+    directory: str,
+    inputs: str,
+    *,
+    module: str,
+    module_args: dict[str, Any] | None = None,
+    forward_fn: str | None = None,
+    target: int | list[int] | None = None,
+    top_k: int = 5,
+    json: bool = False,
+) -> int:
+    """Name the training examples most for and most against each prediction, with its ledger.
+
+    Args:
+        directory: The artifact: a directory, or an fsspec URL.
+        inputs: File of the inputs, a row for each: .npy, .safetensors or .csv.
+        module: Class of the network, or a function that makes it: `package.Class`.
+        module_args: Its arguments, as JSON, such as '{"hidden": 32}'.
+        forward_fn: As in training, if one was given there: `package.function`.
+        target: The output that is explained, one for all or a list; the predicted class where it is left out.
+        top_k: Examples on each side.
+        json: Print one line of JSON.
+
+    Returns:
+        The exit status: 0, or 1 if the artifact is damaged or of another module.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    if top_k < 1:
+        raise ValueError(f"--top-k must be at least 1, found {top_k}")
+    network, function = make_module(module, module_args), find_forward(forward_fn)
+    try:
+        machine = KernelMachine.load(directory, network, function)
+        x = read_inputs(inputs, network)
+        why = machine.explain(x, target=read_targets(target, len(x)), top_k=top_k)
+        found = [_query(machine, why, i) for i in range(len(x))]
+    except store.ArtifactError as error:
+        return answer({"ok": False, "error": str(error)}, told(directory, error), json, status=1)
+    return answer({"ok": True, "queries": found}, "\n\n".join(map(_told, found)), json)
+
+
+def _query(machine: KernelMachine, why: Explanation, i: int) -> dict[str, Any]:
+    names = machine.names_of(why.example_ids[i])
+    shares = [
+        {"id": int(example), "name": str(name), "contribution": float(share)}
+        for example, name, share in zip(why.example_ids[i], names, why.contributions[i], strict=True)
+    ]
+    half = len(shares) // 2
+    return {
+        "query": i,
+        "prediction": float(why.prediction[i]),
+        "ledger": {term: float(value[i]) for term, value in why.ledger.items()},
+        "for": shares[:half],
+        "against": shares[half:],
+    }
+
+
+def _told(query: dict[str, Any]) -> str:
+    lines = [f"query {query['query']}: {query['prediction']:.6g}"]
+    lines += [f"  {term:14}{value:+.6g}" for term, value in query["ledger"].items()]
+    for side in ("for", "against"):
+        lines += [f"  {side:14}{share['contribution']:+.6g}  {share['name']}" for share in query[side]]
+    return "\n".join(lines)

@@ -1,0 +1,55 @@
+"""`pathkernel predict`: the machine's outputs for inputs from a file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_pathkernel import store
+from lightning_pathkernel.commands.answer import answer, told
+from lightning_pathkernel.commands.inputs import find_forward, make_module, read_inputs
+from lightning_pathkernel.machine import KernelMachine
+
+__all__ = ["predict"]
+
+
+def predict(
+    directory: str,
+    inputs: str,
+    *,
+    module: str,
+    module_args: dict[str, Any] | None = None,
+    forward_fn: str | None = None,
+    out: str | None = None,
+    json: bool = False,
+) -> int:
+    """Predict by the kernel machine: bias plus the sum of all contributions.
+
+    Args:
+        directory: The artifact: a directory, or an fsspec URL.
+        inputs: File of the inputs, a row for each: .npy, .safetensors or .csv.
+        module: Class of the network, or a function that makes it: `package.Class`.
+        module_args: Its arguments, as JSON, such as '{"hidden": 32}'.
+        forward_fn: As in training, if one was given there: `package.function`.
+        out: File for the outputs, .npy; what is there already is refused.
+        json: Print one line of JSON.
+
+    Returns:
+        The exit status: 0, or 1 if the artifact is damaged or of another module.
+    """
+    network, function = make_module(module, module_args), find_forward(forward_fn)
+    try:
+        machine = KernelMachine.load(directory, network, function)
+        outputs = machine.predict(read_inputs(inputs, network))
+    except store.ArtifactError as error:
+        return answer({"ok": False, "error": str(error)}, told(directory, error), json, status=1)
+    if out is not None:
+        with Path(out).open("xb") as file:
+            np.save(file, outputs.numpy(), allow_pickle=False)
+        print(f"{out}: {tuple(outputs.shape)}", file=sys.stderr)
+    rows = outputs.tolist()
+    text = "\n".join(f"{i}: " + " ".join(f"{value:.6g}" for value in row) for i, row in enumerate(rows))
+    return answer({"ok": True, "outputs": rows}, text, json)

@@ -1,0 +1,133 @@
+"""`pathkernel predict` and `explain`: what the library says, from files, for a module named on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_pathkernel import KernelMachine
+from lightning_pathkernel.commands import COMMANDS
+from tests.golden.make import Tiny, tumours
+from tests.store.test_cli import GOLDEN, called
+
+MODULE = ("--module", "tests.golden.make.Tiny")
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return tumours()[0][:3]
+
+
+@pytest.fixture
+def machine() -> KernelMachine:
+    return KernelMachine.load(GOLDEN, Tiny())
+
+
+def written(x: Tensor, path: Path) -> Path:
+    if path.suffix == ".npy":
+        np.save(path, x.double().numpy())
+    elif path.suffix == ".csv":
+        np.savetxt(path, x.double().numpy(), delimiter=",")
+    else:
+        save_file({"x": x, "other": x[0].clone()}, path)
+    return path
+
+
+@pytest.mark.parametrize("ending", [".npy", ".csv", ".safetensors"])
+def test_predictions_are_the_machines(
+    x: Tensor, machine: KernelMachine, ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = written(x, tmp_path / f"x{ending}")
+    status, out, err = called(capsys, "predict", GOLDEN, inputs, *MODULE, "--json")
+    assert (status, err) == (0, "")
+    torch.testing.assert_close(torch.tensor(json.loads(out)["outputs"]), machine.predict(x))
+    status, out, _ = called(capsys, "predict", GOLDEN, inputs, *MODULE)
+    assert [line.split(":")[0] for line in out.splitlines()] == ["0", "1", "2"]
+
+
+def test_predictions_to_a_file_which_is_not_overwritten(
+    x: Tensor, machine: KernelMachine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs, out = written(x, tmp_path / "x.npy"), tmp_path / "out.npy"
+    assert called(capsys, "predict", GOLDEN, inputs, *MODULE, "--out", out)[0] == 0
+    torch.testing.assert_close(torch.from_numpy(np.load(out)), machine.predict(x))
+    status, _, err = called(capsys, "predict", GOLDEN, inputs, *MODULE, "--out", out)
+    assert status == 1
+    assert "out.npy" in err
+
+
+@pytest.mark.parametrize("target", [None, "1", "[0, 1, 1]"])
+def test_explanations_are_the_machines(
+    x: Tensor, machine: KernelMachine, target: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = {None: None, "1": torch.tensor([1, 1, 1]), "[0, 1, 1]": torch.tensor([0, 1, 1])}[target]
+    why = machine.explain(x, target=chosen, top_k=2)
+    given = () if target is None else ("--target", target)
+    inputs = written(x, tmp_path / "x.npy")
+    status, out, _ = called(capsys, "explain", GOLDEN, inputs, *MODULE, "--top-k", 2, "--json", *given)
+    assert status == 0
+    for i, query in enumerate(json.loads(out)["queries"]):
+        assert query["prediction"] == pytest.approx(float(why.prediction[i]))
+        assert query["ledger"] == pytest.approx({name: float(v[i]) for name, v in why.ledger.items()}, abs=1e-6)
+        shares = query["for"] + query["against"]
+        assert [share["id"] for share in shares] == why.example_ids[i].tolist()
+        assert [share["name"] for share in shares] == machine.names_of(why.example_ids[i])
+        assert [share["contribution"] for share in shares] == pytest.approx(why.contributions[i].tolist())
+    text = called(capsys, "explain", GOLDEN, inputs, *MODULE, "--top-k", 2, *given)[1]
+    assert machine.names_of(why.example_ids[0])[0] in text
+    assert "unattributed" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (("x.npy", "--module", "no.such.Class"), 2, "No module named 'no'"),
+        (("x.npy", "--module", "torch.nn.Linear"), 2, "in_features"),
+        (
+            ("x.npy", "--module", "torch.nn.Linear", "--module-args", '{"in_features": 4, "out_features": 2}'),
+            1,
+            "net.0",
+        ),
+        (("x.npy", "--module", "torch.float32"), 2, "cannot be called"),
+        (("x.npy", "--module", "builtins.dict"), 2, "no torch.nn.Module"),
+        (("x.npy", *MODULE, "--forward-fn", "no.such"), 2, "--forward-fn no.such: cannot be imported"),
+        (("x.npy",), 2, "module"),
+        (("x.txt", *MODULE), 2, "inputs are read from .npy"),
+        (("missing.npy", *MODULE), 1, "missing.npy"),
+        (("pickled.npy", *MODULE), 2, "allow_pickle=False"),
+        (("two.safetensors", *MODULE), 2, "none is called x"),
+        (("x.npy", *MODULE, "--target", "[0, 1]"), 2, "2 given for 3 inputs"),
+        (("x.npy", *MODULE, "--top-k", "0"), 2, "at least 1, found 0"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    arguments: tuple[str, ...], status: int, said: str, x: Tensor, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    written(x, tmp_path / "x.npy")
+    np.save(tmp_path / "pickled.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    save_file({"a": x, "b": x[0].clone()}, tmp_path / "two.safetensors")
+    found, _, err = called(capsys, "explain", GOLDEN, *arguments)
+    assert found == status
+    assert said in err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_a_screen(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = called(capsys, command, "--help")
+    assert status == 0
+    assert len(out.splitlines()) <= 48
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_a_shell_can_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = called(capsys, "--print_completion=shtab-bash")
+    assert status == 0
+    assert all(command in out for command in COMMANDS)
