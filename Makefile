@@ -7,6 +7,7 @@ MAKEFLAGS += --no-builtin-rules
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
 BENCH_INSTALLED := .venv/.installed-bench
+FUZZ_INSTALLED := .venv/.installed-fuzz
 DOCS_INSTALLED := .venv/.installed-docs
 # Where Debian's package dataset-fashion-mnist puts it.
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
@@ -33,8 +34,13 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(PY) -m pytest -n auto
 
-test-slow: $(INSTALLED)
+# Every campaign of docs/reliability.md at its full count, one after another. Some hours.
+test-slow: $(FUZZ_INSTALLED)
 	$(PY) -m pytest -m slow
+
+$(FUZZ_INSTALLED): $(INSTALLED)
+	.venv/bin/pip install -c constraints.txt -e ".[fuzz]"
+	touch $@
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

@@ -23,12 +23,14 @@ from benchmarks.networks import NETWORKS
 from benchmarks.recorded import recorded_step
 from lightning_pathkernel.capture import plan_capture
 from lightning_pathkernel.chord import Chord
-from lightning_pathkernel.chord_io import write_chord
-from lightning_pathkernel.exporter import KernelMachineExporter, open_recording
+from lightning_pathkernel.exporter import KernelMachineExporter
+from lightning_pathkernel.fingerprint import constants, describe_module
 from lightning_pathkernel.machine import KernelMachine
 from lightning_pathkernel.network import Network
 from lightning_pathkernel.path import node_schedule
 from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
+from lightning_pathkernel.recording.ranks import Ranks
+from lightning_pathkernel.recording_store import RecordingStore
 
 BATCH, PROBES = 64, 256
 MODELS: dict[str, Callable[[], nn.Module]] = {"cnn 16-32": lambda: NETWORKS["cnn"]()[0], "cnn 8-16": cnn}
@@ -57,10 +59,11 @@ def train(name: str, seed: int, nodes: int, sketch_dim: int, epochs: int, data: 
     chords: list[Chord] = []
     settings = RecorderSettings(node_schedule(len(batches), nodes), sketch_dim, seed=seed)
     facts = {"module_class": name, "optimizer": {"name": "AdamW"}, "settings": {"sketch_dim": sketch_dim}}
-    open_recording(directory, module, facts)
+    described = {"module": describe_module(module), "ranks": 1, "configuration": {}, **facts}
+    store = RecordingStore.begin(directory, described, constants(module), Ranks())
 
     def keep(chord: Chord) -> None:
-        write_chord(directory, chord)
+        store.chord(chord)
         chords.append(chord)
 
     recorder = PathRecorder(Network(module, plan_capture(module)), optimizer, settings, probes, keep)
@@ -68,14 +71,16 @@ def train(name: str, seed: int, nodes: int, sketch_dim: int, epochs: int, data: 
     for rows in batches:
         recorded_step(recorder, optimizer, rows, lambda rows=rows: F.cross_entropy(module(x[rows]), y[rows]))
     recorder.finish()
+    store.end(recorder.steps, {})
+    store.close()
     recorder.capture.detach()
     return Run(module, chords, len(batches), sum(map(len, batches)))
 
 
 def bytes_by_kind(directory: Path) -> Counter[str]:
     """Bytes of every kind of tensor in the chords of a directory; all else under ``other``."""
-    found: Counter[str] = Counter(other=sum(p.stat().st_size for p in directory.iterdir() if p.is_file()))
-    for path in directory.glob("chord-*.safetensors"):
+    found: Counter[str] = Counter(other=sum(p.stat().st_size for p in directory.rglob("*") if p.is_file()))
+    for path in [*directory.glob("chord-*.safetensors"), *directory.glob("rank-0000/segment-*.safetensors")]:
         with safe_open(str(path), framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118
                 tensor = handle.get_tensor(name)

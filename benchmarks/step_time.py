@@ -65,7 +65,7 @@ class Side:
         tracker = None if batch is None else ProbeTracker(recorded, batch, gauss_legendre(4), 0)
 
         def on_chord(chord: Chord) -> None:
-            write_chord(directory, chord, 0)
+            write_chord(directory, chord)
             if tracker is not None:
                 tracker.advance(chord)
 

@@ -30,6 +30,7 @@ from lightning_pathkernel.store import (
     file_table,
     fsync_directory,
     is_url,
+    make_directory,
     publish,
     publish_json,
     publish_tensors,
@@ -38,7 +39,7 @@ from lightning_pathkernel.store import (
 )
 from lightning_pathkernel.stored_path import ReducedPath, StoredPath
 
-__all__ = ["METRICS", "README", "publish_artifact", "save_machine", "seal", "write_text"]
+__all__ = ["METRICS", "README", "publish_artifact", "remove_staged", "save_machine", "seal", "write_text"]
 
 METRICS = "metrics.json"
 README = "README.md"
@@ -69,7 +70,7 @@ def publish_artifact(out: str | Path, fill: Callable[[Path], None]) -> str | Pat
         out = url.partition("://")[2]
     place = Path(out)
     _check_free(place)
-    place.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(place.parent)
     staged = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
     try:
         staged.mkdir()
@@ -86,6 +87,12 @@ def publish_artifact(out: str | Path, fill: Callable[[Path], None]) -> str | Pat
         shutil.rmtree(staged, ignore_errors=True)
     fsync_directory(place.parent)
     return place
+
+
+def remove_staged(directory: Path) -> None:
+    """Remove what a killed export of a fit's machine left behind; only for whoever alone exports there."""
+    for path in directory.glob(".machine*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_free(place: Path) -> None:

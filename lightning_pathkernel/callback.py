@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,14 +19,18 @@ from torch import Tensor
 
 from lightning_pathkernel.capture import CaptureError
 from lightning_pathkernel.fit_session import FitSession, SessionOptions
+from lightning_pathkernel.fit_store import ON_STORE_ERROR
 from lightning_pathkernel.identity import BatchRows, IdentityError, TrainingIds
 from lightning_pathkernel.network import ForwardFn
 from lightning_pathkernel.optim import UnsupportedOptimizerError
 from lightning_pathkernel.sketch import SKETCHES
+from lightning_pathkernel.store import ArtifactError, HeldError
 from lightning_pathkernel.trainer_checks import FitError, check_trainer
 from lightning_pathkernel.uploads import upload_machine
 
 __all__ = ["PathKernelCallback"]
+
+_log = logging.getLogger(__name__)
 
 if not TYPE_CHECKING and find_spec("lightning") is not None:
     # both names of Lightning may be installed, and LightningCLI asks for a Callback of its own
@@ -75,6 +80,8 @@ class PathKernelCallback(_Callback):
             chords ended than the schedule would have ended, and no chord is longer than twice the schedule's last one:
             a tolerance that is always exceeded gives the schedule, and what is left of the budget always reaches to
             the end. Where the end of the fit is unknown (``max_time``), the tolerance rises as the budget goes instead.
+        on_store_error: What becomes of the fit when the recording cannot be written (a full disk): ``raise`` stops it,
+            ``stop_recording`` stops the recording only. What was written before stays exportable.
         log_figures: Hand figures of training (fidelity, error budget, kernel velocity and, where the machine is
             exported, its path) to TensorBoard and Weights & Biases when fitting ends; needs matplotlib.
 
@@ -98,6 +105,7 @@ class PathKernelCallback(_Callback):
         unattributed: str = "refuse",
         positions: int = 0,
         tolerance: float | None = None,
+        on_store_error: str = "raise",
         log_artifact: bool = False,
         log_figures: bool = False,
     ) -> None:
@@ -113,6 +121,8 @@ class PathKernelCallback(_Callback):
             raise ValueError(f"sketch must be one of {', '.join(sorted(SKETCHES))}, found {sketch!r}")
         if unattributed not in ("refuse", "allow"):
             raise ValueError(f"unattributed must be 'refuse' or 'allow', found {unattributed!r}")
+        if on_store_error not in ON_STORE_ERROR:
+            raise ValueError(f"on_store_error must be one of {', '.join(ON_STORE_ERROR)}, found {on_store_error!r}")
         if log_figures and find_spec("matplotlib") is None:
             raise ModuleNotFoundError("log_figures needs matplotlib: pip install 'lightning-pathkernel[report]'")
         self.dirpath = dirpath
@@ -128,10 +138,14 @@ class PathKernelCallback(_Callback):
         self.unattributed = unattributed
         self.positions = positions
         self.tolerance = tolerance
+        self.on_store_error = on_store_error
         self.log_artifact = log_artifact
         self.log_figures = log_figures
         self.machine_dir: Path | None = None
         self.recording_dir: Path | None = None
+        self._saved: dict[str, Any] = {}
+        self._resumed: dict[str, Any] | None = None
+        self._read_state = False
         self._forget()
 
     def _forget(self) -> None:
@@ -141,7 +155,8 @@ class PathKernelCallback(_Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A pickle or a copy of the callback has its arguments and directories, not the fit in progress."""
-        return {**self.__dict__, "_session": None, "_training_ids": None, "_active": False}
+        fit = dict.fromkeys(("_session", "_training_ids", "_resumed"))
+        return {**self.__dict__, **fit, "_active": False, "_saved": {}}
 
     # before training
 
@@ -150,6 +165,7 @@ class PathKernelCallback(_Callback):
         if stage != "fit":
             return
         self._release(trainer)
+        self._saved, self._resumed, self._read_state = {}, None, False
         self._active = not getattr(trainer, "fast_dev_run", False)
         if not self._active:
             rank_zero_info("PathKernelCallback: fast_dev_run, nothing is recorded.")
@@ -159,34 +175,78 @@ class PathKernelCallback(_Callback):
         self._training_ids = TrainingIds(self.example_ids)
         self._training_ids.watch(trainer)
 
+    # checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint says of the recording, which is flushed for it; every process takes part."""
+        if self._session is None:
+            return dict(self._saved)
+        with _translated():
+            return self._session.save()
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:  # fmt: skip
+        """Of a checkpoint that has states of callbacks at all."""
+        self._read_state = True
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember what the checkpoint says until training begins."""
+        self._resumed = state_dict
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a checkpoint that nothing can go on from before anything else of it is restored.
+
+        Raises:
+            MisconfigurationException: If the fit is to go on from one.
+        """
+        if not self._active or not trainer.ckpt_path or self._resumed is not None:
+            return
+        self._release(trainer)
+        what = "has no state of PathKernelCallback: it was written by a fit that was not recorded, or after its end"
+        if not self._read_state:
+            what = "has weights only (save_weights_only=True), and nothing that a fit could go on from"
+        raise MisconfigurationException(
+            f"PathKernelCallback cannot resume: the checkpoint {str(trainer.ckpt_path)!r} {what}. Resume from a full "
+            "checkpoint of a recorded fit, or begin a new fit without ckpt_path."
+        )
+
+    # training begins
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Everything is there now: optimiser, loaders, weights. Begin the recording."""
         if not self._active or self._training_ids is None:
             return
         options = SessionOptions(
             self.dirpath, self.sketch_dim, self.nodes, self.probes, self.forward_fn, self.seed, self.export,
-            self.sketch, self.unattributed, self.positions, self.tolerance,
+            self.sketch, self.unattributed, self.positions, self.tolerance, self.on_store_error,
         )  # fmt: skip
         try:
             with _translated():
                 self._session = FitSession(
-                    trainer, pl_module, options, self._training_ids, self.recording_dir is not None
+                    trainer, pl_module, options, self._training_ids, self.recording_dir is not None, self._resumed
                 )
-        except MisconfigurationException:
+        except (MisconfigurationException, OSError):
             self._release(trainer)
             raise
         self.recording_dir, self.machine_dir = self._session.recording_dir, self._session.machine_dir
 
     # every batch and step
 
+    @property
+    def _recording(self) -> FitSession | None:
+        """The fit in progress while it is recorded; a store error may have stopped that."""
+        session = self._session
+        return session if session is not None and session.recording else None
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Tell the recorder which examples are coming."""
-        if self._session is not None:
+        if self._recording is not None:
             with _translated():
                 rows = self._rows(trainer, batch)
-                self._session.begin_batch(rows)
+                self._recording.begin_batch(rows)
 
     def _rows(self, trainer: pl.Trainer, batch: Any) -> list[BatchRows]:
         """The examples of a batch, loader by loader."""
@@ -194,20 +254,20 @@ class PathKernelCallback(_Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Gradients are coming."""
-        if self._session is not None:
-            self._session.before_backward()
+        if self._recording is not None:
+            self._recording.before_backward()
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The gradients of a backward pass are all in."""
-        if self._session is not None:
-            self._session.after_backward()
+        if self._recording is not None:
+            self._recording.after_backward()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Gradients are complete, but not clipped."""
-        if self._session is not None:
-            self._session.before_step(getattr(optimizer, "optimizer", optimizer))
+        if self._recording is not None:
+            self._recording.before_step(getattr(optimizer, "optimizer", optimizer))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -220,9 +280,9 @@ class PathKernelCallback(_Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log how faithful the kernel machine is at this moment of training."""
-        if self._session is None or trainer.sanity_checking or self._session.recorder.steps == 0:
+        if self._recording is None or trainer.sanity_checking or self._recording.recorder.steps == 0:
             return
-        for name, value in self._session.metrics().items():
+        for name, value in self._recording.metrics().items():
             shown = self.prog_bar and name == "fidelity"
             pl_module.log(f"pathkernel/{name}", value, prog_bar=shown, sync_dist=trainer.world_size > 1)
 
@@ -231,10 +291,11 @@ class PathKernelCallback(_Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the last chord and export."""
         if self._session is not None:
-            self._session.finish(trainer.strategy.barrier)
+            saved = self._session.finish()
             if self.log_figures and trainer.is_global_zero:
                 self._log_figures(trainer, pl_module, self._session.history)
             self._release(trainer)
+            self._saved = saved
             if self.log_artifact and trainer.is_global_zero:
                 self._upload(trainer)
 
@@ -256,7 +317,11 @@ class PathKernelCallback(_Callback):
         log_figures(trainer.loggers, history, machine)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave no hook behind; chords closed so far stay exportable."""
+        """Leave no hook behind, and a recording that can be exported up to here."""
+        if self._session is not None:
+            self._saved, failed = self._session.interrupt()
+            if failed is not None:
+                _log.warning("PathKernelCallback could not write the end of the recording: %s", failed)
         self._release(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -277,5 +342,5 @@ def _translated() -> Iterator[None]:
     """Raise what the package says of a fit as Lightning's own error."""
     try:
         yield
-    except (CaptureError, FitError, IdentityError, UnsupportedOptimizerError) as error:
+    except (ArtifactError, CaptureError, FitError, HeldError, IdentityError, UnsupportedOptimizerError) as error:
         raise MisconfigurationException(str(error)) from error

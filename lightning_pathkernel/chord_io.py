@@ -1,12 +1,14 @@
-"""A chord to and from one file of a recording, every number as it was."""
+"""A chord to and from one file, every number as it was."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_pathkernel.capture import matrix_shape
 from lightning_pathkernel.chord import Chord
@@ -16,15 +18,22 @@ from lightning_pathkernel.network import Tensors
 from lightning_pathkernel.sketch import KroneckerSketch
 from lightning_pathkernel.store import ArtifactError, read_group, write_group
 
+Groups = Mapping[str, Mapping[str, torch.Tensor]]
+"""Group -> name -> tensor."""
+
 __all__ = [
     "FACTORS",
     "MALFORMED",
     "check_chord",
     "check_parts",
     "chord_facts",
+    "chord_groups",
     "chord_name",
+    "chord_of",
     "merged_chord",
+    "rank_name",
     "read_chord",
+    "sketches_of",
     "write_chord",
 ]
 
@@ -40,23 +49,34 @@ def chord_name(index: int) -> str:
     return f"chord-{index:06d}.safetensors"
 
 
-def write_chord(directory: Path, chord: Chord, rank: int = 0) -> Path:
+def write_chord(directory: Path, chord: Chord) -> Path:
     """Publish a chord; nothing is overwritten.
 
     Args:
         directory: Where.
         chord: What.
-        rank: The process whose rows these are; only the first one writes what all have in common.
 
     Returns:
         The file.
     """
+    groups, facts = chord_groups(chord)
+    return write_group(directory / chord_name(chord.index), groups, facts)
+
+
+def chord_groups(chord: Chord, rank: int = 0) -> tuple[Groups, dict[str, Any]]:
+    """A chord as groups of tensors and JSON-able facts.
+
+    Args:
+        chord: The chord.
+        rank: The process whose rows these are; only the first one's has what all have in common.
+
+    Returns:
+        Both.
+    """
     rows = {"example_ids": chord.example_ids, "rows": chord.rows, "self_inner": chord.self_inner}
     names = {"names": {"utf8": encode_names(chord.names)}} if chord.names else {}
     if rank:
-        folder = directory / rank_name(rank)
-        folder.mkdir(parents=True, exist_ok=True)
-        return write_group(folder / chord_name(chord.index), {"rows": rows, **names}, {"index": chord.index})
+        return {"rows": rows, **names}, {"index": chord.index}
     groups = {name: dict(getattr(chord, name)) for name in _MAPS} | names
     for factor in FACTORS:
         found = {name: getattr(sketch, factor) for name, sketch in chord.sketches.items()}
@@ -64,7 +84,7 @@ def write_chord(directory: Path, chord: Chord, rank: int = 0) -> Path:
     groups["rows"] = rows
     if chord.second_stage is not None:
         groups["rows"]["second_stage"] = chord.second_stage
-    return write_group(directory / chord_name(chord.index), groups, chord_facts(chord))
+    return groups, chord_facts(chord)
 
 
 def chord_facts(chord: Chord) -> dict[str, Any]:
@@ -79,42 +99,45 @@ def chord_facts(chord: Chord) -> dict[str, Any]:
 
 
 def rank_name(rank: int) -> str:
-    """Folder of a recording that holds the rows of one of its other processes."""
+    """Folder of a recording that holds what one of its processes wrote."""
     return f"rank-{rank:04d}"
 
 
-def merged_chord(directory: Path, index: int, ranks: int) -> Chord:
-    """A chord of a recording by several processes, with the rows of all of them added up by example.
+def merged_chord(chord: Chord, others: Mapping[str, Groups]) -> Chord:
+    """A chord by several processes, with the rows of all of them added up by example.
 
     Args:
-        directory: The recording.
-        index: The chord's place on the path.
-        ranks: Number of processes.
+        chord: As the first one wrote it.
+        others: File of another one -> what it wrote of the same chord.
 
     Returns:
         The chord.
 
     Raises:
-        ArtifactError: If a file is missing or damaged, or its rows do not fit the chord.
+        ArtifactError: If rows do not fit the chord.
     """
-    chord = read_chord(directory / chord_name(index))
     ids, rows, inner, names = [chord.example_ids], [chord.rows], [chord.self_inner], dict(chord.names)
-    for rank in range(1, ranks):
-        path = directory / rank_name(rank) / chord_name(index)
-        if not path.is_file():
-            raise ArtifactError(f"{directory}: {rank_name(rank)}/{path.name} is missing from the recording")
-        groups = read_group(path)[0]
+    for name, groups in others.items():
         found = groups.get("rows", {})
         if not {"example_ids", "rows", "self_inner"} <= found.keys() or found["rows"].shape[1:] != chord.rows.shape[1:]:
-            raise ArtifactError(f"{rank_name(rank)}/{path.name}: its rows are not of this chord")
+            raise ArtifactError(f"{name}: its rows are not of this chord")
         ids.append(found["example_ids"])
         rows.append(found["rows"])
         inner.append(found["self_inner"])
-        names.update(decode_names(groups["names"]["utf8"]) if "names" in groups else {})
+        names.update(_names(name, groups))
+    if not others:
+        return chord
     unique, inverse = torch.unique(torch.cat(ids), return_inverse=True)
     summed = chord.rows.new_zeros(len(unique), chord.rows.shape[1]).index_add_(0, inverse, torch.cat(rows))
     influences = chord.self_inner.new_zeros(len(unique)).index_add_(0, inverse, torch.cat(inner))
     return replace(chord, example_ids=unique, rows=summed, self_inner=influences, names=names)
+
+
+def _names(called: str, groups: Groups) -> dict[int, str]:
+    try:
+        return decode_names(groups["names"]["utf8"]) if "names" in groups else {}
+    except MALFORMED as error:
+        raise ArtifactError(f"{called}: {error}") from error
 
 
 def read_chord(path: Path) -> Chord:
@@ -130,18 +153,32 @@ def read_chord(path: Path) -> Chord:
         ArtifactError: If the file is damaged, or its parts do not fit together.
     """
     groups, facts = read_group(path)
+    return chord_of(path.name, groups, facts)
+
+
+def chord_of(called: str, groups: Groups, facts: Mapping[str, Any]) -> Chord:
+    """A chord of what `chord_groups` made of it.
+
+    Args:
+        called: What an error calls it.
+        groups: Its tensors.
+        facts: Its facts.
+
+    Returns:
+        The chord, without the training side of its sketch.
+
+    Raises:
+        ArtifactError: If its parts do not fit together.
+    """
     try:
         return _assemble(groups, facts)
     except MALFORMED as error:
-        raise ArtifactError(f"{path.name}: not a chord: {error!r}") from error
+        raise ArtifactError(f"{called}: not a chord: {error!r}") from error
 
 
-def _assemble(groups: dict[str, dict[str, Any]], facts: dict[str, Any]) -> Chord:
+def _assemble(groups: Groups, facts: Mapping[str, Any]) -> Chord:
     factors = {factor: groups.get(factor, {}) for factor in FACTORS}
-    sketches = {
-        name: KroneckerSketch(rows, columns, None, None, *(factors[factor].get(name) for factor in FACTORS))
-        for name, rows, columns in facts["sketches"]
-    }
+    sketches = sketches_of(facts["sketches"], factors)
     stored = groups["rows"]
     maps: dict[str, Any] = {name: groups.get(name, {}) for name in _MAPS}
     chord = Chord(
@@ -151,6 +188,31 @@ def _assemble(groups: dict[str, dict[str, Any]], facts: dict[str, Any]) -> Chord
     )  # fmt: skip
     check_chord(chord)
     return chord
+
+
+def sketches_of(listed: Any, factors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, KroneckerSketch]:
+    """The first stage of a chord's sketch.
+
+    Args:
+        listed: ``[name, rows, columns]`` of each, as a file says it.
+        factors: Side -> name -> factor.
+
+    Returns:
+        Name -> sketch, without the training side.
+
+    Raises:
+        ValueError: If the list is none, or has a name twice.
+    """
+    for name, *sizes in listed:
+        if not isinstance(name, str) or len(sizes) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in sizes):
+            raise ValueError(f"a sketch of {str(name)[:80]!r} without two sizes")
+    sketches = {
+        name: KroneckerSketch(rows, columns, None, None, *(factors[side].get(name) for side in FACTORS))
+        for name, rows, columns in listed
+    }
+    if len(sketches) != len(listed):
+        raise ValueError("two sketches of one parameter")
+    return sketches
 
 
 def check_chord(chord: Chord) -> None:

@@ -2,60 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import secrets
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, overload
 
-from torch import nn
+from torch import Tensor
 
 from lightning_pathkernel.artifact_writer import METRICS, README, publish_artifact, seal, write_text
-from lightning_pathkernel.chord_io import chord_name, merged_chord
-from lightning_pathkernel.fingerprint import constants, describe_module
+from lightning_pathkernel.chord import Chord
+from lightning_pathkernel.chord_io import chord_name
 from lightning_pathkernel.packed_io import Node, write_packed
+from lightning_pathkernel.recording_reader import Recording
 from lightning_pathkernel.store import (
     CONSTANTS,
     ArtifactError,
-    publish,
     publish_json,
     publish_tensors,
-    read_tensors,
 )
 
-__all__ = ["RECORDING", "KernelMachineExporter", "open_recording", "record_metrics"]
-
-RECORDING = "recording.json"
-
-
-def open_recording(directory: Path, module: nn.Module, facts: Mapping[str, Any]) -> None:
-    """Begin a recording: what is recorded of which module, and the state that training will not move.
-
-    Args:
-        directory: Where; made if missing, and refused if a recording is there.
-        module: The network, before its first step.
-        facts: JSON-able description of the run.
-
-    Raises:
-        FileExistsError: If a recording is there already.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    publish_json(directory / RECORDING, {"module": describe_module(module), **facts})
-    publish_tensors(directory / CONSTANTS, constants(module), {"format": "pt"})
-
-
-def record_metrics(directory: Path, history: list[dict[str, float]]) -> None:
-    """Publish the metrics that were logged, epoch by epoch; a newer history replaces an older one.
-
-    What is not finite (the network's outputs overflowed) is published as null, which strict JSON has.
-    """
-    finite = [{name: v if math.isfinite(v) else None for name, v in entry.items()} for entry in history]
-    path = directory / METRICS
-    staged = publish_json(directory / f"{METRICS}.{secrets.token_hex(4)}", {"history": finite})
-    os.replace(staged, path)
+__all__ = ["KernelMachineExporter"]
 
 
 class KernelMachineExporter:
@@ -65,25 +29,13 @@ class KernelMachineExporter:
         recording_dir: The recording's directory.
 
     Raises:
-        ArtifactError: If there is no recording, or it has no closed chord.
+        ArtifactError: If there is no recording, or a part of it is missing.
     """
 
     def __init__(self, recording_dir: str | Path) -> None:
         self.directory = Path(recording_dir)
-        path = self.directory / RECORDING
-        if not path.is_file():
-            raise ArtifactError(f"{self.directory} is not a recording: it has no {RECORDING}")
-        self.facts = _read_facts(path)
-        self.chords = self._find_chords()
-
-    def _find_chords(self) -> list[str]:
-        found = sorted(p.name for p in self.directory.glob("chord-*.safetensors"))
-        expected = [chord_name(i) for i in range(len(found))]
-        if not found:
-            raise ArtifactError(f"{self.directory} has no closed chord yet: nothing was learned that could be exported")
-        if found != expected:
-            raise ArtifactError(f"{self.directory}: {min(set(expected) - set(found))} is missing from the recording")
-        return found
+        self.recording = Recording(self.directory)
+        self.facts = self.recording.facts
 
     @overload
     def export(self, out_dir: Path, row_bits: int = 16) -> Path: ...
@@ -103,52 +55,52 @@ class KernelMachineExporter:
             ``out_dir``, a directory as a path.
 
         Raises:
-            ArtifactError: If the recording is incomplete.
+            ArtifactError: If the recording is damaged, or nothing in it was learned yet.
             FileExistsError: If there is something at ``out_dir``; nothing is overwritten.
             ValueError: If ``row_bits`` is neither 8 nor 16.
         """
         if row_bits not in (8, 16):
             raise ValueError(f"row_bits must be 8 or 16, found {row_bits}")
-        if not (self.directory / CONSTANTS).is_file():
-            raise ArtifactError(f"{self.directory}: {CONSTANTS} is missing from the recording")
         return publish_artifact(out_dir, lambda staged: self._stage(staged, row_bits))
 
     def _stage(self, staged: Path, row_bits: int) -> None:
-        ranks = int(self.facts.get("ranks", 1))
+        constants: dict[str, Tensor] = {}
         node: Node | None = None
-        learning: list[str] = []
-        for index in range(len(self.chords)):
-            chord = merged_chord(self.directory, index, ranks)
-            learning = list(chord.start)
-            node = write_packed(staged, chord, node, index == len(self.chords) - 1, row_bits)
-        module: dict[str, Any] = self.facts["module"]
-        thawed: list[str] = []
-        for name in learning:
-            if not module["parameters"][name]["trainable"]:
-                thawed.append(name)
-                module["parameters"][name]["trainable"] = True
-        if thawed:
-            values, _ = read_tensors(self.directory / CONSTANTS)
-            kept = {name: value for name, value in values.items() if name not in thawed}
-            publish_tensors(staged / CONSTANTS, kept, {"format": "pt"})
-        else:
-            _place(self.directory / CONSTANTS, staged / CONSTANTS)
-        if (self.directory / METRICS).is_file():
-            _place(self.directory / METRICS, staged / METRICS)
-        write_text(staged / README, self._card())
+        count = 0
+        before: Chord | None = None
+        for chord in self.recording.chords(constants):
+            if before is not None:
+                node = write_packed(staged, before, node, False, row_bits)
+            count, before = count + 1, chord
+        if before is None:
+            raise ArtifactError(f"{self.directory} has no closed chord yet: nothing was learned that could be exported")
+        write_packed(staged, before, node, True, row_bits)
+        history = self.recording.history()
+        module = self._module(before, constants)
+        publish_tensors(staged / CONSTANTS, constants, {"format": "pt"})
+        if history:
+            publish_json(staged / METRICS, {"history": history})
+        write_text(staged / README, self._card(count, history))
         facts = {"optimizer": self.facts["optimizer"], "settings": self.facts["settings"], "ids": self.facts.get("ids")}
-        seal(staged, {**facts, "chords": self.chords, "module": module})
+        seal(staged, {**facts, "chords": [chord_name(i) for i in range(count)], "module": module})
 
-    def _card(self) -> str:
+    def _module(self, last: Chord, constants: dict[str, Tensor]) -> dict[str, Any]:
+        """What is said of the module; parameters that began to learn during the fit are no constants."""
+        module: dict[str, Any] = dict(self.facts["module"])
+        parameters = {name: dict(facts) for name, facts in module["parameters"].items()}
+        for name in last.start:
+            parameters[name]["trainable"] = True
+            constants.pop(name, None)
+        return {**module, "parameters": parameters}
+
+    def _card(self, chords: int, history: list[dict[str, Any]]) -> str:
         lines = [
             "# Kernel machine",
             "",
             f"Path kernel of a {self.facts['module_class']} trained with {self.facts['optimizer']['name']}: "
-            f"{len(self.chords)} chords, at most {self.facts['settings']['sketch_dim']} numbers per example and chord.",
+            f"{chords} chords, at most {self.facts['settings']['sketch_dim']} numbers per example and chord.",
             "",
         ]
-        path = self.directory / METRICS
-        history = json.loads(path.read_text(encoding="utf-8"))["history"] if path.is_file() else []
         if history:
             lines += ["Last logged on the validation probes:", "", "| metric | value |", "|---|---|"]
             shown = ((name, "not finite" if value is None else f"{value:.6g}") for name, value in history[-1].items())
@@ -156,26 +108,3 @@ class KernelMachineExporter:
         else:
             lines.append("No fidelity was logged: training had no validation data.")
         return "\n".join([*lines, "", "Load it with `lightning_pathkernel.KernelMachine.load(directory, module)`.", ""])
-
-
-def _read_facts(path: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"module", "module_class", "optimizer", "settings"} - set(facts)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ArtifactError(f"{path.name}: malformed: {error!r}") from error
-    if not isinstance(facts, dict) or missing:
-        raise ArtifactError(f"{path.name}: malformed: {', '.join(sorted(missing)) or 'no table'} missing")
-    return facts
-
-
-def _place(source: Path, target: Path) -> None:
-    """Hard link where the file system can, copy otherwise: both are immutable once published."""
-    try:
-        os.link(source, target)
-    except OSError:
-        publish(target, lambda temporary: _copy(source, temporary))
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_pathkernel.chord import Chord
-from lightning_pathkernel.chord_io import FACTORS, MALFORMED, check_parts, chord_facts, chord_name
+from lightning_pathkernel.chord_io import FACTORS, MALFORMED, check_parts, chord_facts, chord_name, sketches_of
 from lightning_pathkernel.example_rows import ExampleRows
 from lightning_pathkernel.names import decode_names, encode_names
 from lightning_pathkernel.packing import (
@@ -301,10 +301,7 @@ def _unpacked_sketches(groups: Groups, facts: dict[str, Any]) -> dict[str, Krone
         if not exponents.keys() <= codes.keys():
             raise ValueError(f"exponents of {kind} for no factors")
         factors[kind] = {n: _unpacked(n, c, exponents[n]) if n in exponents else c for n, c in codes.items()}
-    return {
-        name: KroneckerSketch(rows, columns, None, None, *(factors[kind].get(name) for kind in FACTORS))
-        for name, rows, columns in facts["sketches"]
-    }
+    return sketches_of(facts["sketches"], factors)
 
 
 def _unpacked(name: str, codes: Tensor, exponents: Tensor) -> Tensor:

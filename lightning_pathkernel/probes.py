@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,6 +74,23 @@ class ProbeTracker:
         self._sketches = _random_sketches(network, seed)
         self._tangent_kernel = self.kernel_matrix()
         self._velocity = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """What is known of the probes, as plain values and tensors; the probes themselves are not in it."""
+        account = {"terms": self.account.terms, "left": self.account.left, "others": self.account.others}
+        return {
+            "start": self._start, "start_buffers": self._start_buffers, "initial": self._initial, "account": account,
+            "tangent_kernel": self._tangent_kernel, "velocity": self._velocity,
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Become the tracker of the same probes whose `state` this was."""
+        account = state["account"]
+        others = [(found, base) for found, base in account["others"]]
+        self.account = Account(dict(account["terms"]), account["left"], others)
+        self._start, self._start_buffers = dict(state["start"]), dict(state["start_buffers"])
+        self._initial = list(state["initial"])
+        self._tangent_kernel, self._velocity = state["tangent_kernel"], float(state["velocity"])
 
     def _outputs(self) -> list[Tensor]:
         """The network's outputs now, chunk by chunk."""

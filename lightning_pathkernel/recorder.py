@@ -8,8 +8,9 @@ optimisers, and steps that an optimiser skips need no more than that.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,15 +22,16 @@ from lightning_pathkernel.heap import give_back
 from lightning_pathkernel.network import Network
 from lightning_pathkernel.optim import optimizer_rule
 from lightning_pathkernel.recording.batch import row_groups
-from lightning_pathkernel.recording.cancelling import warn_of_cancelling
-from lightning_pathkernel.recording.checks import NonFiniteError, not_finite, past, sum_gaps, unseen
-from lightning_pathkernel.recording.fitting import SketchFitter, check_ranks
+from lightning_pathkernel.recording.checks import NonFiniteError, past, unseen
+from lightning_pathkernel.recording.fitting import SketchFitter
 from lightning_pathkernel.recording.followed import FollowedOptimizer, check_shared
 from lightning_pathkernel.recording.nodes import Nodes
 from lightning_pathkernel.recording.open_chord import OpenChord
 from lightning_pathkernel.recording.ranks import Ranks
 from lightning_pathkernel.recording.rows import StepRows
+from lightning_pathkernel.recording.saved import RecorderParts
 from lightning_pathkernel.recording.settings import RecorderSettings
+from lightning_pathkernel.recording.step_checks import StepChecks
 
 __all__ = ["NonFiniteError", "PathRecorder", "RecorderSettings"]
 
@@ -87,6 +89,44 @@ class PathRecorder:
         self._chord = OpenChord(network, self._ranks)
         self._due = False
         self._nodes = Nodes(settings.nodes, self._ranks)
+        self._checks = StepChecks(settings, network.parameters, self._chord, self._ranks)
+        self._waited = self._within = False
+        self._parts = RecorderParts(network, self._chord, self._optimizers, self._fitter, self._nodes)
+
+    # going on later
+
+    def state(self, again: bool = False) -> dict[str, Any]:
+        """All that a recorder needs to go on from here, as plain values and tensors that the next step changes.
+
+        Args:
+            again: The batch in progress will be run again.
+
+        Returns:
+            The state. ``broken`` says why nothing can go on from it, where that is so.
+        """
+        broken = None
+        if again and self._waited:
+            broken = "it was saved within a batch while gradients of earlier batches waited for their step"
+        if self._within:
+            broken = "it was saved within an optimiser's step"
+        state = self._parts.state(again, self.settings.manual)
+        return {"steps": self.steps, "due": self._due, "broken": broken, **state}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of a recorder with the same settings; weights and optimisers are as they were then."""
+        self.steps, self._due = int(state["steps"]), bool(state["due"])
+        self._parts.restore(state)
+
+    @property
+    def within(self) -> bool:
+        """Whether a step is being taken in at this moment: an interrupt has left it half done."""
+        return self._within
+
+    def abandon_batch(self) -> None:
+        """The batch in progress is not gone on with."""
+        self.end_batch()
+        for optimizer in self._optimizers:
+            optimizer.abandon()
 
     # one batch
 
@@ -96,6 +136,7 @@ class PathRecorder:
         Args:
             ids: Its examples, ``[n]``; or, where several loaders feed it, each one's examples and part of the batch.
         """
+        self._waited = any(each.fresh() or (self.settings.manual and each.parts) for each in self._optimizers)
         self._groups, groups = row_groups(ids, self.settings.positions)
         self.capture.begin(groups)
 
@@ -138,7 +179,7 @@ class PathRecorder:
         self._rows = None
         if self.settings.manual:
             for optimizer in self._optimizers:
-                self._inspect(optimizer, optimizer.updates.received(), 1.0, scale)
+                self._checks.inspect(optimizer, optimizer.updates.received(), 1.0, scale, self.steps)
 
     def end_batch(self) -> None:
         """Expect nothing more of the batch."""
@@ -173,7 +214,7 @@ class PathRecorder:
             followed.check_stale()
         if not self.settings.manual:
             followed.scale = scale
-            self._inspect(followed, received, scale, 1.0)
+            self._checks.inspect(followed, received, scale, 1.0, self.steps)
         seen = followed.parts or self.settings.allow_unattributed
         if not seen and any(p.grad is not None and bool(p.grad.any()) for p in received.values()):
             raise CaptureError(unseen(self.steps))
@@ -182,28 +223,6 @@ class PathRecorder:
     def prepared(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether `before_step` has been called for the step in progress."""
         return self._followed(optimizer).prepared
-
-    def _inspect(self, followed: FollowedOptimizer, received: dict[str, Tensor], removed: float, within: float) -> None:
-        """Look at gradients that nobody has changed yet, but for a loss scale: removed from them, or still within."""
-        if not followed.fresh() or (self.settings.changes == "none" and self._all_fitted()):
-            return
-        followed.watch.look(received, within)
-        followed.scale = removed * within
-        unfitted = {name: p for name, p in received.items() if name not in self._chord.fitted}
-        if not unfitted:
-            return
-        held = followed.held(list(unfitted))
-        check_ranks(held, list(unfitted), self._ranks, next(iter(unfitted.values())))
-        if not held or followed.reused:
-            return
-        gaps = sum_gaps(held, unfitted, removed * self._ranks.world, self.settings.sum_rtol, self._ranks)
-        if gaps and not self.settings.allow_unattributed:
-            raise CaptureError(f"at optimiser step {self.steps} {gaps}")
-        if self._chord.index == 0 and followed.updates.rule is not None and followed.updates.rule.diagonal:
-            warn_of_cancelling(held, type(followed.optimizer).__name__)
-
-    def _all_fitted(self) -> bool:
-        return len(self._chord.fitted) == len(self.network.parameters)
 
     def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """An optimiser has moved the weights; ``p.grad`` is what it received.
@@ -218,6 +237,11 @@ class PathRecorder:
         followed = self._followed(optimizer)
         if not followed.prepared:
             raise CaptureError(past(self.steps))
+        self._within = True
+        self._take_in(followed)
+        self._within = False
+
+    def _take_in(self, followed: FollowedOptimizer) -> None:
         if followed.received:
             self._record(followed, followed.received)
         followed.prepared, followed.received = False, {}
@@ -232,8 +256,8 @@ class PathRecorder:
             self._chord.end_here()
 
     def _record(self, followed: FollowedOptimizer, received: dict[str, Tensor]) -> None:
-        factor, foreign = self._changes(followed)
-        self._check_finite(followed, factor)
+        factor, foreign = self._checks.changes(followed, self.steps)
+        self._checks.check_finite(followed, factor, self.steps)
         if self.settings.allow_unattributed:
             foreign.update(followed.uncaptured())
         chord = self._chord
@@ -241,30 +265,10 @@ class PathRecorder:
         if moved:
             parts = list(followed.parts) if factor else []  # rows of which nothing was received may not be finite
             chord.record(parts, factor / (followed.scale * self._ranks.world), moved)
-            if parts and (not self._all_fitted() or any(part.held for part in parts)):
+            if parts and (not self._checks.all_fitted() or any(part.held for part in parts)):
                 self._fit(followed, [name for name in received if name not in chord.fitted], foreign)
         followed.spend()
         chord.displacement.learning_time += followed.learning_rate() if followed is self._optimizers[0] else 0.0
-
-    def _changes(self, followed: FollowedOptimizer) -> tuple[float, dict[str, Tensor]]:
-        try:
-            return followed.watch.compare(followed.received)
-        except ValueError as error:
-            raise CaptureError(
-                f"gradients were {error} between the backward pass and optimiser step {self.steps}. Clipping is "
-                "supported, changes by hand are not."
-            ) from error
-
-    def _check_finite(self, followed: FollowedOptimizer, factor: float) -> None:
-        value = factor
-        if self.settings.changes == "none":
-            if self._ranks.world == 1 and followed.parts and self._chord.fitted:
-                # a loss that is not finite leaves no layer's gradients finite: cheaper to see than in all norms
-                value = followed.parts[-1].first_total()
-            else:
-                value = followed.norm()
-        if not math.isfinite(value):
-            raise NonFiniteError(not_finite(self.steps, self._chord.first_step))
 
     # one chord
 
@@ -320,7 +324,8 @@ class PathRecorder:
                 self._on_chord(remainder)
 
     def _close(self) -> None:
-        chord = self._snapshot(influences=True)
+        self._settle()
+        chord = self._chord.snapshot(self.steps, influences=True)
         if chord is None:
             return
         for name, value in chord.delta.items():
@@ -335,11 +340,10 @@ class PathRecorder:
 
     def snapshot(self) -> Chord | None:
         """The open chord as if it ended here, with first-stage rows; None where nothing was learned since its node."""
-        return self._snapshot(influences=False)
-
-    def _snapshot(self, influences: bool) -> Chord | None:
-        self._settle()
-        return self._chord.snapshot(self.steps, influences)
+        with ExitStack() as stack:
+            for optimizer in self._optimizers:
+                stack.enter_context(optimizer.updates.settled(self._chord.displacement))
+            return self._chord.snapshot(self.steps)
 
     def _settle(self) -> None:
         for optimizer in self._optimizers:

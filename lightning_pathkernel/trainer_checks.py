@@ -18,8 +18,11 @@ __all__ = [
     "loss_scaler",
     "output_directory",
     "rounding_of",
+    "skipped_validation",
     "thaws_later",
     "training_nodes",
+    "unused",
+    "within_batch",
 ]
 
 _ROUNDING = {"32-true": 1e-3, "64-true": 1e-6, "bf16-mixed": 5e-2, "16-mixed": 1e-2}
@@ -76,22 +79,51 @@ def _callbacks(trainer: Any, *names: str) -> list[str]:
     return [type(c).__name__ for c in trainer.callbacks if any(base.__name__ in names for base in type(c).__mro__)]
 
 
-def check_begin(trainer: Any) -> None:
+def check_begin(trainer: Any, resumes: bool = False) -> None:
     """Refuse what shows only when training begins.
 
     Args:
         trainer: The Trainer, its optimisers set up.
+        resumes: Whether it goes on from a checkpoint that has a state of the recording.
 
     Raises:
         FitError: With what was found, and the remedy.
     """
-    if trainer.global_step:
+    if trainer.global_step and not resumes:
         raise FitError(
             f"PathKernelCallback cannot begin in mid-path: {trainer.global_step} optimiser steps were made before "
-            "this fit, by a checkpoint or an earlier fit. Begin with a new Trainer and without ckpt_path."
+            "this fit, by an earlier fit of this Trainer or a checkpoint without a state of the recording. Begin with "
+            "a new Trainer, and resume only from checkpoints of recorded fits."
         )
     if not trainer.optimizers:
         raise FitError("PathKernelCallback needs an optimiser: configure_optimizers returned none.")
+
+
+def skipped_validation(trainer: Any) -> bool:
+    """Whether a validation was due when the checkpoint was written that a fit resumes from: Lightning leaves it out.
+
+    Args:
+        trainer: The Trainer, in ``on_train_start``.
+
+    Returns:
+        Whether the checkpoint was written at the end of a batch after which a validation was to come.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if not loop.restarted_on_train_batch_end or not trainer.enable_validation:
+        return False
+    every, progress, interval = trainer.check_val_every_n_epoch, loop.batch_progress, trainer.val_check_batch
+    if every is not None and trainer.fit_loop.epoch_progress.current.ready % every:
+        return False
+    if interval is None or interval == float("inf"):
+        return bool(progress.is_last_batch)
+    done = progress.total.ready if every is None else progress.current.ready
+    return bool(done % interval == 0)
+
+
+def within_batch(trainer: Any) -> bool:
+    """Whether a batch has begun and is not over: a fit that resumes from here runs it again."""
+    current = trainer.fit_loop.epoch_loop.batch_progress.current
+    return bool(current.ready != current.processed)
 
 
 def loss_scaler(trainer: Any) -> Any | None:
@@ -213,10 +245,10 @@ def _chosen(trainer: Any, dirpath: str | None, used_before: bool) -> tuple[str, 
         base = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version / "pathkernel"
     else:
         base = Path(trainer.default_root_dir) / "pathkernel"
-    return str(_unused(base)), None
+    return str(unused(base)), None
 
 
-def _unused(base: Path) -> Path:
+def unused(base: Path) -> Path:
     """``base``, or ``base-v1``, ``base-v2``, ... where there is something already."""
     candidate, version = base, 0
     while candidate.exists() and any(candidate.iterdir()):

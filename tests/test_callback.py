@@ -458,13 +458,13 @@ def test_an_existing_non_empty_dirpath(tmp_path: Path) -> None:
     assert len(list((tmp_path / "run").iterdir())) == 1
 
 
-def test_resuming_is_refused(tmp_path: Path) -> None:
+def test_resuming_a_fit_that_was_not_recorded_is_refused(tmp_path: Path) -> None:
     trainer = fit(Classifier(), [], tmp_path)
     trainer.save_checkpoint(tmp_path / "at.ckpt")
     training, validation = digits()
     again = pl.Trainer(max_epochs=4, accelerator="cpu", logger=False, callbacks=[callback(tmp_path)],
                        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
-    with pytest.raises(MisconfigurationException, match="20 optimiser steps were made before this fit"):
+    with pytest.raises(MisconfigurationException, match="has no state of PathKernelCallback: it was written by a fit"):
         again.fit(Classifier(), DataLoader(training, 32), DataLoader(validation, 50), ckpt_path=tmp_path / "at.ckpt")
 
 

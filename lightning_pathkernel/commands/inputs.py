@@ -116,7 +116,8 @@ def read_targets(target: int | list[int] | None, queries: int) -> Tensor | None:
 def _read(path: Path) -> Tensor:
     try:
         if path.suffix == ".npy":
-            return torch.from_numpy(np.ascontiguousarray(np.load(path, allow_pickle=False)))
+            stored = np.load(path, allow_pickle=False)  # noqa: TID251  nothing is unpickled
+            return torch.from_numpy(np.ascontiguousarray(stored))
         if path.suffix == ".safetensors":
             return _only(load_file(path))
         if path.suffix == ".csv":

@@ -22,12 +22,13 @@ class Line:
 
     Args:
         recorder: The loader's batch sampler.
+        begun: The epoch's batch that is the first one drawn: not 0 where a fit was resumed in mid-epoch.
     """
 
-    def __init__(self, recorder: IndexRecorder) -> None:
+    def __init__(self, recorder: IndexRecorder, begun: int = 0) -> None:
         self.recorder = recorder
         self._passes: deque[IndexPass] = deque()
-        self._before = 0
+        self._before = begun
 
     def current(self, drawing: Any) -> IndexPass:
         """The pass behind a loader's open iterator."""

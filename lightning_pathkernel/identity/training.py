@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -144,9 +144,30 @@ class TrainingIds:
             "loaders": table,
         }
 
-    def new_names(self) -> dict[int, str]:
-        """String ids met since the last call, by the integers that stand for them; empty where ids are integers."""
-        return {} if self._user is None else self._user.new_names()
+    def new_names(self, peek: bool = False) -> dict[int, str]:
+        """String ids met since the last call, by the integers that stand for them; empty where ids are integers.
+
+        Args:
+            peek: Only look: the next call is told of them too.
+
+        Returns:
+            The names.
+        """
+        return {} if self._user is None else self._user.new_names(peek)
+
+    def state(self) -> dict[str, Any]:
+        """What a fit needs that goes on later, as plain values; the names are in the recording."""
+        return {} if self._user is None else self._user.state()
+
+    def restore(self, state: Mapping[str, Any], names: Mapping[int, str]) -> None:
+        """Go on from a state.
+
+        Args:
+            state: The state.
+            names: Those that `new_names` gave away before it was saved.
+        """
+        if self._user is not None:
+            self._user.restore(state, names)
 
     def rows(self, trainer: Any, batch: Any) -> list[BatchRows]:
         """The examples of a batch; call in ``on_train_batch_start``.
@@ -163,7 +184,7 @@ class TrainingIds:
         """
         combined = trainer.fit_loop._combined_loader
         if self._epoch is None or self._epoch() is not combined._iterator:
-            self._begin_epoch(combined)
+            self._begin_epoch(combined, trainer.fit_loop.batch_idx)
         parts = [(k, place, part_of(batch, place)) for k, place in enumerate(self._places)]
         given = [(k, place, part) for k, place, part in parts if part is not None]
         if self._user is not None:
@@ -174,7 +195,8 @@ class TrainingIds:
             self._check_rows(ids, place, part)
         return [BatchRows(ids, part) for ids, (_, _, part) in zip(found, given, strict=True)]
 
-    def _begin_epoch(self, combined: Any) -> None:
+    def _begin_epoch(self, combined: Any, begun: int) -> None:
+        """The loaders are iterated anew, from batch ``begun`` of the epoch on: a resumed fit begins in its midst."""
         self._epoch = weakref.ref(combined._iterator)
         places = self._find(combined)
         if [place.path for place in places] != [place.path for place in self._places]:
@@ -190,7 +212,7 @@ class TrainingIds:
             self._recorders.pop(key).restore()
         self._places = places
         self._lines = [
-            Line(self._recorders[id(place.loader)]) for place in places if id(place.loader) in self._recorders
+            Line(self._recorders[id(place.loader)], begun) for place in places if id(place.loader) in self._recorders
         ]
         if self._user is None and len(self._lines) < len(places):
             raise IdentityError(f"{UNKNOWN}: a training loader was not there when loaders were set up. {REMEDY}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -46,10 +46,22 @@ class UserIds:
         self._new: dict[int, str] = {}
         self._kind: str | None = None
 
-    def new_names(self) -> dict[int, str]:
-        """String ids met since the last call, by the integer that stands for them."""
+    def new_names(self, peek: bool = False) -> dict[int, str]:
+        """String ids met since the last call, by the integer that stands for them; ``peek`` is no such call."""
+        if peek:
+            return dict(self._new)
         found, self._new = self._new, {}
         return found
+
+    def state(self) -> dict[str, Any]:
+        """The names met since `new_names`, and which kind ids are of."""
+        return {"new": {str(key): name for key, name in self._new.items()}, "kind": self._kind}
+
+    def restore(self, state: Mapping[str, Any], names: Mapping[int, str]) -> None:
+        """Become the one whose `state` this was; ``names`` are those it had given away."""
+        self._new = {int(key): str(name) for key, name in state["new"].items()}
+        self._names = {**names, **self._new}
+        self._kind = state["kind"]
 
     def __call__(self, batch: Any, loaders: Sequence[str], several: bool) -> list[Tensor]:
         """Ids of a batch.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["DriftController", "NodeBudget"]
 
@@ -83,6 +85,14 @@ class DriftController:
         self._closed = 0
         self._node = 0
         self._next: float = budget.earliest(0)
+
+    def state(self) -> dict[str, Any]:
+        """What is known of the chords so far."""
+        return {"closed": self._closed, "node": self._node, "next": self._next}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Become the controller whose `state` this was; the budget stays, so that a fit may go on for longer."""
+        self._closed, self._node, self._next = int(state["closed"]), int(state["node"]), float(state["next"])
 
     def looks(self, step: int) -> bool:
         """Whether the drift is wanted after this step; intervals grow while the tolerance is far."""

@@ -7,7 +7,8 @@ step, and every step pays for fresh pages (measured: docs/benchmarks.md). What i
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +56,22 @@ class Arena:
             pool = self._pools[key] = _Pool(self._size if like.is_floating_point() else max(self._size >> 7, 1))
         return pool.take(n, k, like)
 
+    def state(self) -> list[dict[str, Any]]:
+        """What is kept, pool by pool, and how far each is filled."""
+        return [pool.state() for pool in self._pools.values()]
+
+    def restore(self, state: list[Mapping[str, Any]]) -> None:
+        """Become the arena whose `state` this was."""
+        self._pools = {}
+        for each in state:
+            pool = _Pool(self._size if each["like"].is_floating_point() else max(self._size >> 7, 1))
+            pool.restore(each)
+            self._pools[each["like"].dtype, each["like"].device] = pool
+
+    def blocks(self) -> list[Tensor]:
+        """All blocks, in the order of `state`."""
+        return [block for pool in self._pools.values() for block in pool.blocks]
+
     def keep(self, values: Tensor) -> Slot:
         """A copy of ``values [n]``, as ``[n, 1]``."""
         slot = self.new(values.shape[0], 1, values)
@@ -65,15 +82,29 @@ class Arena:
 class _Pool:
     def __init__(self, size: int) -> None:
         self._size = size
-        self._blocks: list[Tensor] = []
+        self.blocks: list[Tensor] = []
         self.current, self.at = 0, 0
+
+    def state(self) -> dict[str, Any]:
+        used = [block if i < self.current else block[: self.at] for i, block in enumerate(self.blocks)]
+        used = used[: self.current + 1]
+        lengths = [len(block) for block in self.blocks]
+        return {
+            "like": self.blocks[0][:0], "lengths": lengths, "used": used, "current": self.current, "at": self.at
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.blocks = [state["like"].new_zeros(length) for length in state["lengths"]]
+        for block, used in zip(self.blocks, state["used"], strict=False):
+            block[: len(used)] = used
+        self.current, self.at = int(state["current"]), int(state["at"])
 
     def take(self, n: int, k: int, like: Tensor) -> Slot:
         total, start = n * k, self.at
-        while self.current < len(self._blocks) and start + total > len(self._blocks[self.current]):
+        while self.current < len(self.blocks) and start + total > len(self.blocks[self.current]):
             self.current, start = self.current + 1, 0
-        if self.current == len(self._blocks):
+        if self.current == len(self.blocks):
             # filled, so that its pages are there before the steps that write to it
-            self._blocks.append(like.new_empty(max(self._size, total)).fill_(0))
+            self.blocks.append(like.new_empty(max(self._size, total)).fill_(0))
         self.at = start + total
-        return Slot(self._blocks[self.current], start, n, k)
+        return Slot(self.blocks[self.current], start, n, k)

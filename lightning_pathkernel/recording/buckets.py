@@ -65,6 +65,35 @@ class GroupBuckets:
         self._states: list[Any] = []
         self.buckets: list[Bucket] = []
 
+    def state(self) -> dict[str, Any]:
+        """The buckets as plain values."""
+        names = [self._names[id(p)] for p in self._parameters]
+        buckets = [[list(b.names), b.first, b.risen, b.looked] for b in self.buckets]
+        return {"parameters": names, "buckets": buckets}
+
+    def restore(
+        self, state: Mapping[str, Any], optimizer: torch.optim.Optimizer, group: Mapping[str, Any],
+        parameters: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
+        """Become the buckets whose `state` this was.
+
+        Args:
+            state: Their state.
+            optimizer: The raw optimiser, its own state restored already.
+            group: Its group.
+            parameters: Name -> parameter.
+        """
+        self._group = group
+        self._parameters = [parameters[name] for name in state["parameters"]]
+        self._states = [optimizer.state[p] for p in self._parameters]
+        self.buckets = []
+        for names, first, risen, looked in state["buckets"]:
+            bucket = Bucket(group, bool(first))
+            bucket.names, bucket.parameters = tuple(names), [parameters[name] for name in names]
+            bucket.states = [optimizer.state[p] for p in bucket.parameters]
+            bucket.risen, bucket.looked = float(risen), bool(looked)
+            self.buckets.append(bucket)
+
     def same(self, optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
         """Whether the buckets found last are right for the latest step too: every parameter has made one step more."""
         parameters = [p for p in group["params"] if p.grad is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ __all__ = ["LOOSENESS", "ChordDisplacement", "DisplacementParts"]
 
 LOOSENESS = 1.25
 """Factor by which D may lie outside of what was seen of it, where it was not looked at in every step of the chord."""
+_RUNNING = ("moved", "largest", "upper", "decoupled")
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,15 @@ class _Pull:
         self.buffers = _Sums(buffers)
         self.sums = _Sums()
 
+    def state(self) -> dict[str, Any]:
+        return {"buffers": dict(self.buffers), "sums": dict(self.sums)}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> _Pull:
+        made = cls(state["buffers"])
+        made.sums = _Sums(state["sums"])
+        return made
+
     def step(self, names: Sequence[str], update: ParameterUpdate, pulled: list[Tensor]) -> None:
         """Take in one step of some parameters: ``pulled`` is what was added to their gradients."""
         if update.from_buffer:
@@ -101,6 +112,33 @@ class ChordDisplacement:
         self._decoupled = _Sums()
         self._loose: set[str] = set()
         self._unruled: set[str] = set()
+
+    def state(self) -> dict[str, Any]:
+        """All of it between two steps, as plain values and tensors that the next step changes."""
+        sums = {name: dict(getattr(self, f"_{name}")) for name in _RUNNING}
+        return {
+            "start": self.start, "learning_time": self.learning_time, "coupled": self._coupled.state(),
+            "foreign": self._foreign.state(), "loose": sorted(self._loose), "unruled": sorted(self._unruled), **sums,
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Become the sums whose `state` this was."""
+        self.start, self.learning_time = dict(state["start"]), float(state["learning_time"])
+        self._coupled, self._foreign = _Pull.of(state["coupled"]), _Pull.of(state["foreign"])
+        self._loose, self._unruled, self._before = set(state["loose"]), set(state["unruled"]), {}
+        for name in _RUNNING:
+            setattr(self, f"_{name}", _Sums(state[name]))
+
+    def bounds(self, names: set[str]) -> dict[str, dict[str, Tensor]]:
+        """Copies of what `look` and `decay_directly` change of some parameters."""
+        kinds = {kind: getattr(self, f"_{kind}") for kind in ("largest", "upper", "decoupled")}
+        return {kind: {n: v.clone() for n, v in sums.items() if n in names} for kind, sums in kinds.items()}
+
+    def put_back(self, bounds: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Undo what was done since `bounds` was asked."""
+        for kind, values in bounds.items():
+            for name, value in values.items():
+                getattr(self, f"_{kind}")[name].copy_(value)
 
     def extend(self, weights: Tensors) -> None:
         """Take in parameters that begin to learn in mid-chord, at their weights until now."""

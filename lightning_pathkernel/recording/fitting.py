@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,15 @@ class SketchFitter:
         self._generator = torch.Generator().manual_seed(settings.seed)
         matrices = sum(p.dim() > 1 for p in network.plan.parameters.values())
         self._budget = FeatureBudget(settings.sketch, settings.sketch_dim, matrices)
+
+    def state(self) -> dict[str, Any]:
+        """Where the random generator stands, and the features of the next chord."""
+        return {"generator": self._generator.get_state(), "features": self._budget.features}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Become the fitter whose `state` this was."""
+        self._generator.set_state(state["generator"])
+        self._budget.features = int(state["features"])
 
     def first_stage(
         self, held: Held, parameters: Mapping[str, Tensor], preconditioner: Tensors, direction: Tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,24 @@ class FollowedOptimizer:
         self._names = names
         self._stale = False
         self._spent = 0
+
+    def state(self, places: Mapping[int, int]) -> dict[str, Any]:
+        """All of it between two batches; ``places`` gives the number of each rows object, by its id."""
+        return {
+            "updates": self.updates.state(), "watch": self.watch.state(), "scale": self.scale,
+            "parts": [places[id(part)] for part in self.parts], "stale": self._stale, "spent": self._spent,
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any], rows: Sequence[StepRows], parameters: Mapping[str, Tensor]) -> None:
+        """Become the one whose `state` this was."""
+        self.updates.restore(state["updates"], parameters)
+        self.watch.restore(state["watch"])
+        self.parts = [rows[i] for i in state["parts"]]
+        self.scale, self._stale, self._spent = float(state["scale"]), bool(state["stale"]), int(state["spent"])
+
+    def abandon(self) -> None:
+        """The batch in progress will be run again: what came of it is forgotten."""
+        self.parts, self._spent, self.prepared, self.received = [], 0, False, {}
 
     def wait(self, rows: StepRows, names: set[str] | None) -> None:
         """Take in the rows of a backward pass; ``names`` are the parameters it reached, None for all."""

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_pathkernel.network import Tensors
-from lightning_pathkernel.path import DriftController, NodeBudget
+from lightning_pathkernel.path import DriftController, NodeBudget, node_schedule
 from lightning_pathkernel.recording.displacement import ChordDisplacement
 from lightning_pathkernel.recording.ranks import Ranks
 from lightning_pathkernel.recording.updates import OptimizerUpdates
@@ -54,6 +55,23 @@ def preconditioner_change(now: Tensors, reference: Tensors, weights: Tensors, st
     return math.sqrt(float(energy) / float(total)) if float(total) > 0 else 0.0
 
 
+def further(schedule: Sequence[int], node: int, total: int) -> tuple[int, ...]:
+    """A schedule for a fit whose end has moved: what has been stays, what is to come is evenly spaced.
+
+    Args:
+        schedule: Of the fit so far.
+        node: Its latest node.
+        total: Optimiser steps of the whole path now.
+
+    Returns:
+        Nodes up to ``node``, and as many to come for every step as there were.
+    """
+    left = max(total - node, 1)
+    chords = max(1, round((len(schedule) - 1) * left / max(schedule[-1], 1)))
+    kept = [step for step in schedule if step < node]
+    return (*kept, *(node + step for step in node_schedule(left, chords, power=1.0)))
+
+
 class Nodes:
     """Says after every optimiser step whether the open chord ends there.
 
@@ -69,6 +87,27 @@ class Nodes:
         self._controller = DriftController(nodes) if isinstance(nodes, NodeBudget) else None
         self._ranks = ranks
         self._reference: dict[str, Tensor] = {}
+
+    def state(self) -> dict[str, Any]:
+        """The schedule, or what the controller knows and measures the drift of D from."""
+        controller = None if self._controller is None else self._controller.state()
+        return {"schedule": list(self._schedule), "controller": controller, "reference": self._reference}
+
+    def restore(self, state: Mapping[str, Any], node: int) -> None:
+        """Go on where a fit broke off; one that is to last longer, or shorter, gets new nodes for what is to come.
+
+        Args:
+            state: The state then.
+            node: Optimiser step of the latest node.
+        """
+        self._reference = dict(state["reference"])
+        if self._controller is not None:
+            self._controller.restore(state["controller"])
+            return
+        known = tuple(int(step) for step in state["schedule"])
+        if known[-1] != self._schedule[-1]:
+            known = further(known, node, self._schedule[-1])
+        self._schedule, self._ends = known, frozenset(known[1:])
 
     def due(
         self, step: int, weights: Mapping[str, Tensor], displacement: ChordDisplacement, updates: OptimizerUpdates

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ from lightning_pathkernel.recording.batches import batches
 from lightning_pathkernel.recording.carry import carried, reexpress
 from lightning_pathkernel.recording.displacement import ChordDisplacement, DisplacementParts
 from lightning_pathkernel.recording.ranks import Ranks
-from lightning_pathkernel.recording.rows import RecordedStep, StepRows, summed, visited
+from lightning_pathkernel.recording.row_table import RowTable
+from lightning_pathkernel.recording.rows import RecordedStep, Rows, StepRows, summed, visited
 from lightning_pathkernel.recording.self_influence import SelfInfluence
 from lightning_pathkernel.recording.visits import VisitWeights
 from lightning_pathkernel.sketch import KroneckerSketch
@@ -68,6 +70,43 @@ class OpenChord:
         self._start_buffers = ranks.first(network.buffers())
         self._end_buffers: dict[str, Tensor] | None = None
         self._warned = False
+
+    def state(self, table: RowTable) -> dict[str, Any]:
+        """All of it between two batches but its rows, which ``table`` takes, as values that the next step changes."""
+        steps = [[[table.add(part) for part in step.parts], step.coefficient] for step in self._steps]
+        sketches = {n: {"rows": s.rows, "columns": s.columns, "factors": s.tensors()} for n, s in self.sketches.items()}
+        return {
+            "arena": self.arena.state(), "visits": self._visits.state(), "steps": steps, "kept": self._kept,
+            "carried": self._carried, "room": self.room, "folded": self._folded, "index": self.index,
+            "sketches": sketches, "fitted": sorted(self.fitted), "first_step": self.first_step,
+            "displacement": self.displacement.state(), "start_buffers": self._start_buffers,
+            "end_buffers": self._end_buffers, "warned": self._warned,
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any], table: Mapping[str, Any]) -> list[Rows]:
+        """Become the chord whose `state` this was.
+
+        Args:
+            state: Its state.
+            table: Of its rows.
+
+        Returns:
+            All rows of the table.
+        """
+        self.arena.restore(state["arena"])
+        rows = RowTable.restored(table, self.arena)
+        self._steps = [RecordedStep([rows[i] for i in parts], float(factor)) for parts, factor in state["steps"]]
+        self._visits.restore(state["visits"])
+        self._folded = [(ids, found, inner) for ids, found, inner in state["folded"]]
+        self.sketches = {
+            n: KroneckerSketch(s["rows"], s["columns"]).with_tensors(s["factors"]) for n, s in state["sketches"].items()
+        }
+        self._kept, self._carried, self.room = int(state["kept"]), int(state["carried"]), int(state["room"])
+        self.index, self.first_step = int(state["index"]), int(state["first_step"])
+        self.displacement.restore(state["displacement"])
+        self.fitted, self._warned = set(state["fitted"]), bool(state["warned"])
+        self._start_buffers, self._end_buffers = state["start_buffers"], state["end_buffers"]
+        return rows
 
     @property
     def arena(self) -> Arena:

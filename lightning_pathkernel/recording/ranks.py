@@ -50,6 +50,16 @@ class Ranks:
         parts = [part[: int(count)] for part, count in zip(found, counts, strict=True)]
         return torch.cat(parts).to(values.device)
 
+    def texts(self, text: str) -> list[str]:
+        """All processes' texts, by rank."""
+        if self.world == 1:
+            return [text]
+        data = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8)[: len(text.encode())]
+        counts = [torch.zeros(1, dtype=torch.long, device=self._device) for _ in range(self.world)]
+        dist.all_gather(counts, torch.tensor([len(data)], device=self._device))
+        every = self.rows(data).to("cpu").split([int(count) for count in counts])
+        return [bytes(part.tolist()).decode() for part in every]
+
     def first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The first process' tensors, which must have the same names and shapes everywhere."""
         if self.world == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,15 @@ class GradientWatch:
         self._norms: Tensor | None = None
         self._copies: dict[str, Tensor] = {}
         self._warned = False
+
+    def state(self) -> dict[str, Any]:
+        """What was seen last."""
+        return {"names": self._names, "norms": self._norms, "copies": self._copies, "warned": self._warned}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Become the watch whose `state` this was."""
+        self._names, self._norms = list(state["names"]), state["norms"]
+        self._copies, self._warned = dict(state["copies"]), bool(state["warned"])
 
     def look(self, parameters: Mapping[str, Tensor], scale: float = 1.0) -> None:
         """Note the gradients as they are now, divided by the loss scale that is in them."""

@@ -58,7 +58,7 @@ class StepRows:
     held back whole until `settle`.
 
     Args:
-        ids: Training examples, ``[n]``.
+        ids: Training examples, ``[n]``; or where the arena keeps them.
         arena: Where what is taken in is kept.
         room: Numbers that are expected, asked of the arena at once.
 
@@ -68,7 +68,7 @@ class StepRows:
 
     __slots__ = ("_arena", "_at", "_block", "_end", "_ids", "_last", "_room", "_slots", "_uses", "held")
 
-    def __init__(self, ids: Tensor, arena: Arena, room: int = 0) -> None:
+    def __init__(self, ids: Tensor | Slot, arena: Arena, room: int = 0) -> None:
         self._ids: Tensor | Slot = ids
         self._arena = arena
         self._room = room

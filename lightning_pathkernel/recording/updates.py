@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,28 @@ class OptimizerUpdates:
         self._plain: dict[str, Tensor] = {}
         self._groups: list[GroupBuckets] = []
         self._expected: dict[int, tuple[tuple[str, ...], list[Tensor], float]] = {}
+
+    def state(self) -> dict[str, Any]:
+        """All of it between two steps, as plain values and tensors that the next step changes."""
+        places = {id(group): i for i, group in enumerate(self.optimizer.param_groups)}
+        expected = [[places[key], list(names), rate] for key, (names, _, rate) in self._expected.items()]
+        groups = [group.state() for group in self._groups]
+        return {"seen": sorted(self._seen), "plain": dict(self._plain), "expected": expected, "groups": groups}
+
+    def restore(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
+        """Become the account whose `state` this was; ``parameters`` are all that can be recorded."""
+        self._seen, self._plain = set(state["seen"]), dict(state["plain"])
+        groups = self.optimizer.param_groups
+        self._expected = {
+            id(groups[i]): (tuple(names), [parameters[name] for name in names], float(rate))
+            for i, names, rate in state["expected"]
+        }
+        self._groups = []
+        if self.rule is None:
+            return
+        for group, stored in zip(groups, state["groups"], strict=False):
+            self._groups.append(GroupBuckets(self._names, self.rule))
+            self._groups[-1].restore(stored, self.optimizer, group, parameters)
 
     def received(self) -> dict[str, Tensor]:
         """The parameters that have a gradient, by name.
@@ -173,6 +197,22 @@ class OptimizerUpdates:
         for bucket in buckets:
             if not bucket.looked:
                 self._look(self.rule, displacement, bucket)
+
+    @contextmanager
+    def settled(self, displacement: ChordDisplacement) -> Iterator[None]:
+        """`settle` for a while only: what is recorded must not depend on how often one looked."""
+        unlooked = [b for group in self._groups for b in group.buckets if not b.looked]
+        names = {name for b in unlooked for name in b.names}
+        names |= {name for moving, _, _ in self._expected.values() for name in moving}
+        known, risen, expected = displacement.bounds(names), [b.risen for b in unlooked], self._expected
+        try:
+            self.settle(displacement)
+            yield
+        finally:
+            displacement.put_back(known)
+            self._expected = expected
+            for bucket, value in zip(unlooked, risen, strict=True):
+                bucket.risen, bucket.looked = value, False
 
     def end_chord(self) -> None:
         """The next chord has seen no D yet."""

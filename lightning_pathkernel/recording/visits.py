@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from lightning_pathkernel.optim import ParameterUpdate
 
@@ -46,6 +48,22 @@ class VisitWeights:
         self._tables[0] = 1.0
         self._tables[1, : self._older] = older[0]
         self._earlier = older[1:]
+
+    def state(self) -> dict[str, Any]:
+        """All of it, as plain values and tensors."""
+        self._write()
+        tables = torch.from_numpy(self._tables[:, : self._steps].copy())
+        earlier = torch.from_numpy(np.ascontiguousarray(self._earlier))
+        return {"parameters": list(self._columns), "older": self._older, "tables": tables, "earlier": earlier}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Become the weights whose `state` this was."""
+        tables, earlier = state["tables"].numpy(), state["earlier"].numpy()
+        self._columns = {name: j for j, name in enumerate(state["parameters"])}
+        self._where, self._noted = {}, []
+        self._begin(np.zeros((3, tables.shape[1], tables.shape[2])))
+        self._older, self._earlier = int(state["older"]), earlier
+        self._tables[:, : self._steps] = tables
 
     @property
     def weights(self) -> Array:

@@ -2,7 +2,8 @@
 
 from lightning_pathkernel.store.checked_file import CHUNK, CheckedFile
 from lightning_pathkernel.store.chords import facts_of, read_group, read_tensors, tensors_of, write_group
-from lightning_pathkernel.store.errors import ArtifactError
+from lightning_pathkernel.store.errors import ArtifactError, StoreError
+from lightning_pathkernel.store.lock import HeldError, WriterLock
 from lightning_pathkernel.store.manifest import (
     CONSTANTS,
     MANIFEST,
@@ -13,14 +14,19 @@ from lightning_pathkernel.store.manifest import (
 from lightning_pathkernel.store.migrations import FORMAT, FORMAT_VERSION
 from lightning_pathkernel.store.publish import (
     fsync_directory,
+    make_directory,
     publish,
     publish_json,
     publish_tensors,
+    remove_temporaries,
     sha256_of,
 )
 from lightning_pathkernel.store.remote import LocalCopy, download, is_url, local_copy, upload
+from lightning_pathkernel.store.segments import Segment, SegmentHeader, read_segment, segment_name, write_segment
 from lightning_pathkernel.store.tensor_file import TensorEntry, TensorFile
+from lightning_pathkernel.store.trees import pack_tree, unpack_tree
 from lightning_pathkernel.store.verification import verify
+from lightning_pathkernel.store.writer import Head, SegmentWriter, Stamp
 
 __all__ = [
     "CHUNK",
@@ -30,25 +36,40 @@ __all__ = [
     "MANIFEST",
     "ArtifactError",
     "CheckedFile",
+    "Head",
+    "HeldError",
     "LocalCopy",
     "Manifest",
+    "Segment",
+    "SegmentHeader",
+    "SegmentWriter",
+    "Stamp",
+    "StoreError",
     "TensorEntry",
     "TensorFile",
+    "WriterLock",
     "download",
     "facts_of",
     "file_table",
     "fsync_directory",
     "is_url",
     "local_copy",
+    "make_directory",
+    "pack_tree",
     "publish",
     "publish_json",
     "publish_tensors",
     "read_group",
     "read_manifest",
+    "read_segment",
     "read_tensors",
+    "remove_temporaries",
+    "segment_name",
     "sha256_of",
     "tensors_of",
+    "unpack_tree",
     "upload",
     "verify",
     "write_group",
+    "write_segment",
 ]

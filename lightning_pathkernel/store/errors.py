@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["ArtifactError"]
+import errno
+from pathlib import Path
+
+__all__ = ["ArtifactError", "StoreError"]
 
 
 class ArtifactError(RuntimeError):
@@ -21,3 +24,28 @@ class ArtifactError(RuntimeError):
     def __init__(self, message: str, file: str | None = None, chunk: int | None = None) -> None:
         super().__init__(message)
         self.file, self.chunk = file, chunk
+
+
+class StoreError(OSError):
+    """A recording could not be written; what was written before is there and exportable."""
+
+    @classmethod
+    def of(cls, error: BaseException, directory: Path, segments: int) -> StoreError:
+        """The error to raise for another one.
+
+        Args:
+            error: What went wrong.
+            directory: Of the segments.
+            segments: How many of them were written before.
+
+        Returns:
+            The error, with its cause and its number.
+        """
+        number = getattr(error, "errno", None) or errno.EIO
+        made = cls(
+            number,
+            f"the recording cannot be written any further: {error}. {segments} segments are safe in {directory}; make "
+            "room, and resume from a checkpoint, or export what is there: KernelMachineExporter(recording).export(out)",
+        )
+        made.__cause__ = error
+        return made

@@ -14,7 +14,15 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["fsync_directory", "publish", "publish_json", "publish_tensors", "sha256_of"]
+__all__ = [
+    "fsync_directory",
+    "make_directory",
+    "publish",
+    "publish_json",
+    "publish_tensors",
+    "remove_temporaries",
+    "sha256_of",
+]
 
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -28,6 +36,17 @@ def fsync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory where there is none, and those above it, so that a power cut loses none of them."""
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    for each in reversed(missing):
+        each.mkdir(exist_ok=True)
+        fsync_directory(each.parent)
 
 
 def publish(path: Path, write: Callable[[Path], None]) -> Path:
@@ -64,6 +83,21 @@ def publish(path: Path, write: Callable[[Path], None]) -> Path:
         temporary.unlink(missing_ok=True)
     fsync_directory(path.parent)
     return path
+
+
+def remove_temporaries(directory: Path) -> list[str]:
+    """Remove what `publish` left behind where it was killed; only for whoever alone writes there.
+
+    Args:
+        directory: Where.
+
+    Returns:
+        The names of the files removed.
+    """
+    found = sorted(p.name for p in directory.glob(".*.tmp") if p.is_file())
+    for name in found:
+        (directory / name).unlink(missing_ok=True)
+    return found
 
 
 def publish_json(path: Path, value: Mapping[str, Any]) -> Path:

@@ -147,6 +147,8 @@ def _header(file: CheckedFile) -> tuple[dict[str, TensorEntry], dict[str, str]]:
 def _entry(name: str, facts: Any, data_start: int) -> TensorEntry:
     if len(name) > _NAME_LIMIT:
         raise ValueError(f"a name of {len(name)} characters, at most {_NAME_LIMIT} are accepted")
+    if not name.isprintable() or any(part in ("", ".", "..") for part in name.split("/")):
+        raise ValueError(f"{name[:80]!r} is no name of a tensor")
     if not isinstance(facts, dict) or facts.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name[:80]!r} has not a dtype, a shape and data_offsets")
     code, shape, offsets = facts["dtype"], facts["shape"], facts["data_offsets"]

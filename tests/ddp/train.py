@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_pathkernel import PathKernelCallback
+from lightning_pathkernel.store import writer
 from tests.helpers import Classifier, digits
+from tests.resuming import Killed, ResumableLoader, StopAfter
 
 BATCH = 32
 COUNT = 250
@@ -60,9 +64,13 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--tolerance", type=float)
     parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--stop", type=int, help="save a checkpoint after so many batches and break off")
+    parser.add_argument("--resume", type=Path, help="go on from a checkpoint")
+    parser.add_argument("--fail", type=int, help="the second process' disk is full from this segment on")
+    parser.add_argument("--on-store-error", default="raise")
     parser.add_argument("--injected", action="store_true", help="let the Trainer share out a plain loader")
     options = parser.parse_args()
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore" if options.fail is None else "default")
     torch.set_num_threads(1)
     training, validation = digits()
     training = TensorDataset(*(t[:COUNT] for t in training.tensors))
@@ -72,30 +80,57 @@ def main() -> None:
     if options.injected:
         loader = DataLoader(training, BATCH // 2, shuffle=True, num_workers=1, persistent_workers=True)
     elif several:
-        loader = DataLoader(training, BATCH // 2, sampler=Share(training))
+        loader = SharedLoader(training)
     else:
         loader = DataLoader(training, BATCH, sampler=Interleaved(training))
     path_kernel = PathKernelCallback(
-        str(options.root / "run"), sketch_dim=512, nodes=8, probes=64, tolerance=options.tolerance
-    )
+        str(options.root / "run"), sketch_dim=512, nodes=8, probes=64, tolerance=options.tolerance,
+        on_store_error=options.on_store_error,
+    )  # fmt: skip
+    extra = [StopAfter(options.root / "at.ckpt", options.stop)] if options.stop else []
+    if options.fail is not None and os.environ.get("LOCAL_RANK") == "1":
+        fill_disk(options.fail)
     trainer = pl.Trainer(
         max_epochs=3, accelerator="cpu", devices=options.processes, strategy="ddp" if several else "auto",
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=options.root,
         gradient_clip_val=options.clip, accumulate_grad_batches=options.accumulate, num_sanity_val_steps=0,
-        callbacks=[] if options.plain else [path_kernel], use_distributed_sampler=options.injected,
+        callbacks=[] if options.plain else [path_kernel, *extra], use_distributed_sampler=options.injected,
     )  # fmt: skip
-    trainer.fit(module, loader, DataLoader(validation, 50))
+    try:
+        trainer.fit(module, loader, DataLoader(validation, 50), ckpt_path=options.resume)
+    except Killed:
+        return
     if trainer.is_global_zero:
         logged = {k: float(v) for k, v in trainer.callback_metrics.items()}
         torch.save({"weights": module.state_dict(), "logged": logged}, options.root / "result.pt")
+
+
+def fill_disk(segment: int) -> None:
+    """Every write of a segment from this one on fails."""
+    whole = writer.write_segment
+
+    def full(directory: Path, header: Any, groups: Any) -> str:
+        if header.index >= segment:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole(directory, header, groups)
+
+    writer.write_segment = full
+
+
+class SharedLoader(ResumableLoader):
+    """A process' share of every batch, which a fit can be resumed in the midst of."""
+
+    def __init__(self, dataset: Any) -> None:
+        DataLoader.__init__(self, dataset, BATCH // 2, sampler=Share(dataset))
+        self.__dict__["given"] = 0
 
 
 class Share(torch.utils.data.Sampler[int]):
     """A distributed sampler that learns its place when the process group is there."""
 
     def __init__(self, dataset: Any) -> None:
-        self.dataset, self.epoch = dataset, 0
+        self.dataset, self.epoch, self.skip = dataset, 0, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -103,7 +138,8 @@ class Share(torch.utils.data.Sampler[int]):
     def __iter__(self) -> Any:
         inner = DistributedSampler(self.dataset, shuffle=True, seed=5)
         inner.set_epoch(self.epoch)
-        return iter(inner)
+        skip, self.skip = self.skip, 0
+        return iter(list(inner)[skip:])
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // 2)

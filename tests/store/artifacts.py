@@ -36,6 +36,11 @@ def record(root: Path, module: Classifier) -> Path:
     return root / "run"
 
 
+def recorded(recording: Path, chord: int) -> Path:
+    """The segment of a chord; the first one of a recording holds its constants."""
+    return recording / "rank-0000" / f"segment-{chord + 1:06d}.safetensors"
+
+
 def edit(machine: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path = machine / MANIFEST
     manifest = json.loads(path.read_text())

@@ -14,7 +14,7 @@ from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.chord_io import chord_name, read_chord, write_chord
 from lightning_pathkernel.sketch import KroneckerSketch
 from lightning_pathkernel.store import read_group, write_group
-from tests.store.artifacts import DEEP, MIDDLE, WEIGHT, refused
+from tests.store.artifacts import DEEP, WEIGHT, recorded, refused
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -54,7 +54,7 @@ def odd_chord() -> Chord:
 
 
 def test_chords_come_back_bit_for_bit(run: Path, tmp_path: Path) -> None:
-    chords = [odd_chord(), *(read_chord(run / "recording" / chord_name(i)) for i in range(3))]
+    chords = [odd_chord(), *(read_chord(recorded(run / "recording", i)) for i in range(3))]
     assert chords[1].second_stage is not None
     assert all(getattr(chords[2], part) for part in ("preconditioner", "decay", "residual", "start_buffers"))
     for chord in chords:
@@ -64,9 +64,9 @@ def test_chords_come_back_bit_for_bit(run: Path, tmp_path: Path) -> None:
 
 
 def test_names_are_kept_when_examples_are_left_out_and_absent_where_there_are_none(run: Path, tmp_path: Path) -> None:
-    groups, _ = read_group(run / "recording" / chord_name(0))
+    groups, _ = read_group(recorded(run / "recording", 0))
     assert "names" not in groups
-    chord = replace(read_chord(run / "recording" / chord_name(0)), names={7: "seven"})
+    chord = replace(read_chord(recorded(run / "recording", 0)), names={7: "seven"})
     assert chord.without(chord.example_ids[:3]).names == {7: "seven"}
     groups, _ = read_group(write_chord(tmp_path, chord))
     assert bytes(groups["names"]["utf8"].tolist()) == b'{"7":"seven"}'
@@ -170,7 +170,7 @@ MISFITS = {
 
 @pytest.mark.parametrize("name", MISFITS)
 def test_parts_of_a_chord_that_do_not_fit_are_refused(name: str, run: Path, tmp_path: Path) -> None:
-    groups, facts = read_group(run / "recording" / MIDDLE)
+    groups, facts = read_group(recorded(run / "recording", 1))
     MISFITS[name](groups, facts)
     path = write_group(tmp_path / "x.safetensors", groups, facts)
     with refused(r"^x\.safetensors: "):

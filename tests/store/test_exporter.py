@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 from pathlib import Path
@@ -11,20 +10,23 @@ from pathlib import Path
 import pytest
 
 from lightning_pathkernel import KernelMachine, KernelMachineExporter, verify
-from lightning_pathkernel.chord_io import chord_name
-from lightning_pathkernel.exporter import open_recording, record_metrics
 from lightning_pathkernel.store import publish_json
-from tests.store.artifacts import CONSTANTS, names, network, refused
+from tests.store.artifacts import names, network, recorded, refused
+
+
+def files(directory: Path) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("closed", [1, 2, 3])
 def test_an_interrupted_recording_is_exported_as_far_as_it_went(
     closed: int, run: Path, recording: Path, tmp_path: Path
 ) -> None:
-    for i in range(closed, 4):
-        (recording / chord_name(i)).unlink()
-    (recording / "metrics.json").unlink()
-    before = names(recording)
+    for i in range(closed, 5):  # the last one says that the fit ended
+        recorded(recording, i).unlink()
+    for path in (recording / "rank-0000").glob("open-*"):
+        path.unlink()
+    before = files(recording)
     out = KernelMachineExporter(recording).export(tmp_path / "deep" / "out")
     verify(out)
     machine = KernelMachine.load(out, network())
@@ -32,21 +34,24 @@ def test_an_interrupted_recording_is_exported_as_far_as_it_went(
     whole = KernelMachine.load(run / "machine", network())
     assert [chord.last_step for chord in machine.chords] == [chord.last_step for chord in whole.chords][:closed]
     assert names(tmp_path / "deep") == ["out"]
-    assert names(recording) == before
+    assert files(recording) == before
 
 
 @pytest.mark.parametrize("missing", [0, 1, 2])
 def test_a_missing_chord_is_refused_and_named(missing: int, recording: Path) -> None:
-    (recording / chord_name(missing)).unlink()
-    with refused(rf"{chord_name(missing)} is missing from the recording"):
+    recorded(recording, missing).unlink()
+    with refused(rf"rank-0000/{recorded(recording, missing).name} is missing from the recording"):
         KernelMachineExporter(recording)
 
 
-def test_no_chord_yet(recording: Path) -> None:
-    for i in range(4):
-        (recording / chord_name(i)).unlink()
+def test_no_chord_yet(recording: Path, tmp_path: Path) -> None:
+    for i in range(5):
+        recorded(recording, i).unlink()
+    for path in (recording / "rank-0000").glob("open-*"):
+        path.unlink()
     with refused("has no closed chord yet"):
-        KernelMachineExporter(recording)
+        KernelMachineExporter(recording).export(tmp_path / "out")
+    assert names(tmp_path) == ["recording"]
 
 
 def test_what_is_no_recording_is_refused(machine: Path, tmp_path: Path) -> None:
@@ -73,7 +78,7 @@ WRITER = "artifact_writer"
 
 
 @pytest.mark.parametrize(
-    "site", [f"{WRITER}.file_table", f"{WRITER}.publish_json", f"{WRITER}.publish", "exporter._place"]
+    "site", [f"{WRITER}.file_table", f"{WRITER}.publish_json", f"{WRITER}.publish", "exporter.publish_tensors"]
 )
 def test_a_failing_export_leaves_nothing(
     site: str, recording: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -82,7 +87,7 @@ def test_a_failing_export_leaves_nothing(
         raise OSError(errno.ENOSPC, "disk full")
 
     (tmp_path / "empty").mkdir()
-    exporter, before = KernelMachineExporter(recording), {p: p.read_bytes() for p in recording.iterdir()}
+    exporter, before = KernelMachineExporter(recording), files(recording)
     with monkeypatch.context() as patch:
         patch.setattr(f"lightning_pathkernel.{site}", fails)
         for out in ("out", "empty"):
@@ -90,7 +95,7 @@ def test_a_failing_export_leaves_nothing(
                 exporter.export(tmp_path / out)
     assert names(tmp_path) == ["empty", "recording"]
     assert names(tmp_path / "empty") == []
-    assert before == {p: p.read_bytes() for p in recording.iterdir()}
+    assert before == files(recording)
     verify(exporter.export(tmp_path / "out"))
 
 
@@ -98,21 +103,6 @@ def test_two_exports_are_alike(recording: Path, tmp_path: Path) -> None:
     first, second = (KernelMachineExporter(recording).export(tmp_path / n) for n in ("a", "b"))
     assert names(first) == names(second)
     assert all((first / n).read_bytes() == (second / n).read_bytes() for n in names(first))
-
-
-def test_another_file_system(recording: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The recording cannot be linked from there: it is copied."""
-    link = os.link
-
-    def across(source: Path, target: Path) -> None:
-        if Path(source).parent != Path(target).parent:
-            raise OSError(errno.EXDEV, "invalid cross-device link")
-        link(source, target)
-
-    monkeypatch.setattr(os, "link", across)
-    out = KernelMachineExporter(recording).export(tmp_path / "out")
-    verify(out)
-    assert all(p.stat().st_nlink == 1 for p in out.iterdir())
 
 
 def test_a_file_system_without_hard_links(recording: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,25 +118,11 @@ def test_a_file_system_without_hard_links(recording: Path, tmp_path: Path, monke
 
 
 def test_a_damaged_recording_is_refused_by_name(recording: Path, tmp_path: Path) -> None:
-    (recording / CONSTANTS).unlink()
-    with refused(CONSTANTS):
+    recorded(recording, -1).unlink()
+    with refused(r"rank-0000/segment-000000\.safetensors is missing"):
         KernelMachineExporter(recording).export(tmp_path / "out")
     for text in ("", '{"module": ', "[]", "{}"):
         (recording / "recording.json").write_text(text)
         with refused(r"recording\.json"):
             KernelMachineExporter(recording).export(tmp_path / "out")
     assert names(tmp_path) == ["recording"]
-
-
-def test_a_second_recording_does_not_replace_the_first(recording: Path) -> None:
-    before = {p: p.read_bytes() for p in recording.iterdir()}
-    with pytest.raises(FileExistsError, match=r"recording\.json exists already"):
-        open_recording(recording, network(), {})
-    assert before == {p: p.read_bytes() for p in recording.iterdir()}
-
-
-def test_a_newer_history_of_metrics_replaces_the_older(tmp_path: Path) -> None:
-    for history in ([{"fidelity": 0.5}], [{"fidelity": 0.5}, {"fidelity": 0.9}]):
-        record_metrics(tmp_path, history)
-        assert json.loads((tmp_path / "metrics.json").read_text()) == {"history": history}
-        assert names(tmp_path) == ["metrics.json"]

@@ -16,7 +16,7 @@ from lightning_pathkernel.packed_io import Node, read_packed
 from lightning_pathkernel.packing import BLOCK, pack_blocks, pack_logarithms, pack_rows, unpack, unpack_rows
 from lightning_pathkernel.store import read_group, write_group
 from tests.helpers import Classifier, digits
-from tests.store.artifacts import MIDDLE, WEIGHT, network, record, refused
+from tests.store.artifacts import MIDDLE, WEIGHT, network, record, recorded, refused
 
 SKETCH_DIM = 32
 
@@ -37,7 +37,7 @@ def machines(run: Path, make: Callable[[], Classifier] = network) -> tuple[Kerne
     loaded = KernelMachine.load(run / "machine", make())
     module = make()
     module.load_state_dict(loaded._network.module.state_dict())
-    return KernelMachine(module, [read_chord(run / "recording" / chord_name(i)) for i in range(4)]), loaded
+    return KernelMachine(module, [read_chord(recorded(run / "recording", i)) for i in range(4)]), loaded
 
 
 def test_the_network_is_the_same_to_the_last_bit_and_predictions_nearly(plain_run: Path) -> None:
@@ -69,7 +69,7 @@ def test_the_ledger_of_the_loaded_machine_closes(changed: bool, plain_run: Path)
 def test_rounding_of_nodes_does_not_add_up(run: Path) -> None:
     node: Node | None = None
     for i in range(4):
-        exact = read_chord(run / "recording" / chord_name(i))
+        exact = read_chord(recorded(run / "recording", i))
         chord, node = read_packed(run / "machine" / chord_name(i), node)
         for name, weight in exact.weights(1.0).items():
             gap = float((node.weights[name] - weight).abs().max())
@@ -86,7 +86,7 @@ def test_an_artifact_takes_few_bytes(run: Path, recording: Path, tmp_path: Path)
         own = {f"rows/{n}" for n in ("rows", "exponents", "example_ids", "self_inner", "rest")}
         count = len(groups["rows"]["example_ids"])
         assert sum(sizes[n] for n in own) <= count * (2 * SKETCH_DIM + 8) + 5 * SKETCH_DIM, i
-        exact = read_chord(run / "recording" / chord_name(i))
+        exact = read_chord(recorded(run / "recording", i))
         weights = sum(t.numel() for t in exact.start.values())
         rows, rest = rows + count, rest + sum(size for n, size in sizes.items() if n not in own)
         factors = sum(t.numel() for s in exact.sketches.values() for t in s.tensors().values())

@@ -21,7 +21,19 @@ from lightning_pathkernel import ArtifactError, KernelMachine, verify
 from lightning_pathkernel.chord_io import chord_name, read_chord
 from lightning_pathkernel.packed_io import read_packed
 from lightning_pathkernel.store import publish, publish_json, publish_tensors, read_group, read_tensors
-from tests.store.artifacts import CONSTANTS, DEEP, MANIFEST, MIDDLE, WEIGHT, edit, flip, names, network, refused
+from tests.store.artifacts import (
+    CONSTANTS,
+    DEEP,
+    MANIFEST,
+    MIDDLE,
+    WEIGHT,
+    edit,
+    flip,
+    names,
+    network,
+    recorded,
+    refused,
+)
 
 # publishing
 
@@ -136,7 +148,7 @@ READERS = {
 @pytest.mark.parametrize("whole_chord", [False, True])
 def test_every_truncation_is_refused_by_name(whole_chord: bool, part: str, run: Path, tmp_path: Path) -> None:
     read = READERS[part] if whole_chord else read_tensors
-    whole = (run / part / MIDDLE).read_bytes()
+    whole = (recorded(run / part, 1) if part == "recording" else run / part / MIDDLE).read_bytes()
     rng = random.Random(1)
     for size in [0, 1, 7, 8, 9, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(50))]:
         (tmp_path / "cut.safetensors").write_bytes(whole[:size])

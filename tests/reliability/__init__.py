@@ -1,0 +1,1 @@
+"""Campaigns against recordings and artifacts: kills, faults, damage, strangers' files. See docs/reliability.md."""
