@@ -120,11 +120,6 @@ class KernelMachine(Workshop):
         return save_machine(path, self._path, self._network.module, self._manifest)
 
     @property
-    def directory(self) -> Path | None:
-        """Where its files are, on this machine; None for one that was never loaded."""
-        return None if self._manifest is None else self._manifest.directory
-
-    @property
     def path(self) -> ChordPath:
         """The chords, in the order of training, each read when it is come to."""
         return self._path

@@ -42,18 +42,6 @@ def test_the_report_looks_at_machines_from_outside() -> None:
             assert not {n for n in found if n.startswith("lightning_pathkernel.report.")}, path.name
 
 
-def test_the_report_looks_at_machines_from_outside() -> None:
-    """It knows machines and artifacts, not what records or commands them; nothing but their doors knows it."""
-    strangers = {f"lightning_pathkernel.{name}" for name in ("callback", "cli", "recorder", "fit_session", "recording")}
-    doors = {"reporting.py", "callback.py", "cli.py"}
-    for path in ROOT.rglob("*.py"):
-        found = imports(path)
-        if path.parent.name == "report":
-            assert not {n for n in found if n.startswith(tuple(strangers))}, path.name
-        elif path.name not in doors:
-            assert not {n for n in found if n.startswith("lightning_pathkernel.report.")}, path.name
-
-
 def test_siblings_do_not_import_one_another_or_what_is_built_on_them() -> None:
     for path in ROOT.rglob("*.py"):
         room = path.relative_to(ROOT).parts[0].removesuffix(".py")
