@@ -119,6 +119,27 @@ def test_what_is_wrong_is_said(
     assert said in err
 
 
+def test_a_report_of_what_was_logged_and_one_of_the_machine(
+    x: Tensor, machine: KernelMachine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, inputs = tmp_path / "page.html", written(x, tmp_path / "x.npy")
+    assert called(capsys, "report", GOLDEN, "--out", page, "--title", "Tumours")[0] == 0
+    logged = page.read_text()
+    assert "<title>Tumours" in logged
+    assert "tumour-" not in logged
+    status, out, _ = called(capsys, "report", GOLDEN, "--out", page, *MODULE, "--inputs", inputs, "--target", 1)
+    assert (status, out.strip()) == (0, str(page))
+    explained = page.read_text()
+    assert machine.names_of(machine.explain(x, target=torch.tensor([1, 1, 1]), top_k=1).example_ids[0])[0] in explained
+    status, _, err = called(capsys, "report", GOLDEN, "--out", page, "--inputs", inputs)
+    assert status == 2
+    assert "--inputs: the network is needed for that, give --module" in err
+    status, _, err = called(capsys, "report", tmp_path, "--out", page)
+    assert status == 1
+    assert "manifest.json" in err
+    assert page.read_text() == explained, "a page is replaced by a whole one only"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_fits_a_screen(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = called(capsys, command, "--help")

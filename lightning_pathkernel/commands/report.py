@@ -1,0 +1,71 @@
+"""`pathkernel report`: one HTML page about a machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning_pathkernel import store
+from lightning_pathkernel.commands.answer import answer, told
+from lightning_pathkernel.commands.inputs import find_forward, make_module, read_inputs, read_targets
+from lightning_pathkernel.machine import KernelMachine
+from lightning_pathkernel.report import report_directory, write_report
+
+__all__ = ["report"]
+
+
+def report(
+    directory: str,
+    *,
+    out: str = "report.html",
+    module: str | None = None,
+    module_args: dict[str, Any] | None = None,
+    forward_fn: str | None = None,
+    inputs: str | None = None,
+    target: int | list[int] | None = None,
+    examples: str | None = None,
+    labels: str | None = None,
+    title: str = "Kernel machine report",
+) -> int:
+    """Write one self-contained HTML page about a machine; what is there already is replaced.
+
+    Without a module it shows what was logged in training. With one, examples and suspected label errors; with inputs
+    too, why the machine says what it says of them.
+
+    Args:
+        directory: The artifact: a directory, or an fsspec URL.
+        out: The page.
+        module: Class of the network, or a function that makes it: `package.Class`.
+        module_args: Its arguments, as JSON, such as '{"hidden": 32}'.
+        forward_fn: As in training, if one was given there: `package.function`.
+        inputs: File of inputs to explain, a row for each: .npy, .safetensors or .csv.
+        target: The output that is explained, one for all or a list; the predicted class where it is left out.
+        examples: File of the training set, a row per example id, to show its examples.
+        labels: File of the training set's labels, a whole number per example id.
+        title: Heading of the page.
+
+    Returns:
+        The exit status: 0, or 1 if the artifact is damaged or of another module.
+
+    Raises:
+        ValueError: If something is given that needs a module, and there is none.
+    """
+    needy = {"--inputs": inputs, "--examples": examples, "--labels": labels, "--target": target}
+    given = [option for option, value in needy.items() if value is not None]
+    if module is None and given:
+        raise ValueError(f"{', '.join(given)}: the network is needed for that, give --module")
+    try:
+        if module is None:
+            with store.local_copy(directory) as path:
+                return answer({}, str(report_directory(path, Path(out), title)), False)
+        network, function = make_module(module, module_args), find_forward(forward_fn)
+        machine = KernelMachine.load(directory, network, function)
+        x = None if inputs is None else read_inputs(inputs, network)
+        chosen = None if x is None else read_targets(target, len(x))
+        shown = {
+            name: read_inputs(file, network) for name, file in (("examples", examples), ("labels", labels)) if file
+        }
+        page = write_report(machine, out, x, chosen, title=title, **shown)
+    except store.ArtifactError as error:
+        return answer({}, told(directory, error), False, status=1)
+    return answer({}, str(page), False)
