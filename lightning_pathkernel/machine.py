@@ -58,6 +58,9 @@ class KernelMachine(Workshop):
         if isinstance(self._path, HeldPath):
             merge_names(self._path.names())
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self._network.module).__name__}, chords={len(self._path)})"
+
     @classmethod
     def load(
         cls,
