@@ -10,8 +10,8 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 PICTURES = {
-    f"gallery/{name}.png": ROOT / "examples" / "out" / name / "explanations.png"
-    for name in ("digits", "diabetes", "fashion_mnist", "text")
+    f"gallery/{name}.png": ROOT / "examples" / "out" / name / f"{name}.png"
+    for name in ("digits", "diabetes", "fashion_mnist", "kernels", "label_errors", "text")
 }
 OPTIONAL = {"gallery/fashion_mnist.png"}
 """Drawn where Debian's package with the images is."""

@@ -9,6 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import matplotlib
 import pytorch_lightning as pl
 import torch
 from sklearn.datasets import load_digits
@@ -17,6 +18,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_pathkernel import Explanation, KernelMachine, PathKernelCallback
+from lightning_pathkernel.report import plot_examples, plot_ledger
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
 
 OUT = Path(__file__).parent / "out" / "digits"
 
@@ -99,6 +104,14 @@ def print_explanation(why: Explanation, queries: Tensor, labels: Tensor, train_l
             print(f"  most {side:7s} " + ", ".join(shown))
 
 
+def draw(why: Explanation, training: TensorDataset, path: Path) -> None:
+    """The first query's ledger, and the training images for and against it."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    plot_ledger(why, ax=axes[0])
+    plot_examples(why, training, ax=axes[1])
+    figure.savefig(path, dpi=120)
+
+
 def main() -> int:
     """Train, export, explain; returns the exit status."""
     shutil.rmtree(OUT, ignore_errors=True)
@@ -108,10 +121,12 @@ def main() -> int:
     print_fidelity(machine, validation)
     queries = torch.arange(5)
     x, labels = validation.tensors[0][queries], validation.tensors[1][queries]
-    print_explanation(machine.explain(x, top_k=3), queries, labels, training.tensors[1])
+    why = machine.explain(x, top_k=3)
+    print_explanation(why, queries, labels, training.tensors[1])
+    draw(why, training, OUT / "digits.png")
     asked = [tensor[:40] for tensor in validation.tensors]
     report = machine.report(OUT / "report.html", asked, examples=training, title="Handwritten digits")
-    print(f"\nReport: {report}\nMachine: {path_kernel.machine_dir}")
+    print(f"\nReport: {report}\nPicture: {OUT / 'digits.png'}\nMachine: {path_kernel.machine_dir}")
     return 0
 
 

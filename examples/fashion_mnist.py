@@ -104,8 +104,8 @@ def main() -> int:
         print(f"  {name:20s} {value:9.4f}")
     x = validation.tensors[0][:4]
     predicted = machine.predict(x).argmax(1)
-    draw(machine.explain(x, target=predicted, top_k=3), x, predicted, training, OUT / "explanations.png")
-    print(f"\nPicture: {OUT / 'explanations.png'}\nMachine: {path_kernel.machine_dir}")
+    draw(machine.explain(x, target=predicted, top_k=3), x, predicted, training, OUT / "fashion_mnist.png")
+    print(f"\nPicture: {OUT / 'fashion_mnist.png'}\nMachine: {path_kernel.machine_dir}")
     return 0
 
 

@@ -129,8 +129,8 @@ def main() -> int:
     chosen = machine.predict(x).argmax(1)
     why = machine.explain(x, target=chosen, top_k=3)
     show(why, chosen.tolist(), queries, reference)
-    draw(why, queries, reference, OUT / "explanations.png")
-    print(f"\nPicture: {OUT / 'explanations.png'}\nMachine: {path_kernel.machine_dir}")
+    draw(why, queries, reference, OUT / "text.png")
+    print(f"\nPicture: {OUT / 'text.png'}\nMachine: {path_kernel.machine_dir}")
     return 0
 
 

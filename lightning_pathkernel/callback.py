@@ -64,7 +64,7 @@ class PathKernelCallback(_Callback):
         export: Write the machine when fitting ends.
         prog_bar: Show the fidelity in the progress bar.
         sketch: Kind of sketch: ``balanced``, ``deflated``, ``random`` or ``identity``. The middle two do not know
-            what queries look like: under Adam and its kin they keep next to nothing, as ``error_sketch`` shows.
+            what queries look like and keep less: ``random`` much less, as ``error_sketch`` shows (docs/sketches.md).
         unattributed: ``refuse`` what cannot be attributed to training examples (an optimiser without a rule, a layer
             whose gradient cannot be split), or ``allow`` it: then it goes to the ledger's ``unattributed`` term.
         positions: Record every position of a sequence (token) as a row of its own: the number of positions that all
