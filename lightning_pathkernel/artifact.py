@@ -55,9 +55,9 @@ def read_machine(
 def _read(
     copy_here: LocalCopy, module: nn.Module, expected_sha256: str | None
 ) -> tuple[nn.Module, StoredPath, Manifest]:
-    manifest = read_manifest(copy_here.path)
+    manifest = read_manifest(copy_here.path, expected_sha256)
     if expected_sha256 is not None:
-        manifest.verify(expected_sha256)
+        manifest.verify()
     described = manifest.contents["module"]
     check_module(module, described)
     private = _copy(module)

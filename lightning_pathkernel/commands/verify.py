@@ -23,8 +23,8 @@ def verify(directory: str, expected_sha256: str | None = None, json: bool = Fals
     """
     try:
         with store.local_copy(directory) as path:
-            manifest = store.read_manifest(path)
-            manifest.verify(expected_sha256)
+            manifest = store.read_manifest(path, expected_sha256)
+            manifest.verify()
     except store.ArtifactError as error:
         found: dict[str, object] = {"ok": False, "error": str(error), "file": error.file, "chunk": error.chunk}
         return answer(found, told(directory, error), json, status=1)

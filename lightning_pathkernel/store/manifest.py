@@ -39,12 +39,8 @@ class Manifest:
     contents: dict[str, Any]
     files: dict[str, CheckedFile]
 
-    def verify(self, expected_sha256: str | None = None) -> None:
-        """As the function of this name."""
-        if expected_sha256 is not None and self.sha256 != _digest(expected_sha256):
-            raise ArtifactError(
-                f"{MANIFEST}: sha256 {self.sha256}, {_digest(expected_sha256)} expected: another machine or altered"
-            )
+    def verify(self) -> None:
+        """As the function of this name, once the manifest was read."""
         for name, file in sorted(self.files.items()):
             file.verify()
             if name.endswith(".safetensors"):
@@ -65,11 +61,12 @@ def plain_name(name: object) -> bool:
     return isinstance(name, str) and _NAME.fullmatch(name) is not None and name != MANIFEST
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(directory: Path, expected_sha256: str | None = None) -> Manifest:
     """Read and check a manifest, without reading the files it lists.
 
     Args:
         directory: The artifact.
+        expected_sha256: The sha256 that it must have; None for any. Checked before anything that it says is used.
 
     Returns:
         The manifest.
@@ -79,12 +76,19 @@ def read_manifest(directory: Path) -> Manifest:
             size.
     """
     data = _manifest_bytes(directory)
+    digest = hashlib.sha256(data).hexdigest()
+    _check_digest(digest, expected_sha256)
     contents = parse_manifest(data)
     files: dict[str, CheckedFile] = {}
     for name, facts in contents["files"].items():
         files[name] = _listed(directory, name, facts, contents["version"])
     _check_contents(contents)
-    return Manifest(directory, hashlib.sha256(data).hexdigest(), contents, files)
+    return Manifest(directory, digest, contents, files)
+
+
+def _check_digest(found: str, expected: str | None) -> None:
+    if expected is not None and found != _digest(expected):
+        raise ArtifactError(f"{MANIFEST}: sha256 {found}, {_digest(expected)} expected: another machine or altered")
 
 
 def _manifest_bytes(directory: Path) -> bytes:
@@ -138,17 +142,17 @@ def _listed(directory: Path, name: str, facts: Any, version: list[int]) -> Check
     if not there:
         raise ArtifactError(f"{name}: listed in {MANIFEST}, but there is no such file", name)
     checked = CheckedFile(path)
-    if checked.size != facts.get("bytes"):
-        raise ArtifactError(f"{name}: {checked.size} bytes, {facts.get('bytes')} expected: truncated or altered", name)
     wrong = _wrong_facts(facts, version)
     if wrong:
         raise ArtifactError(f"{MANIFEST}: malformed: {wrong} of {name}")
+    if checked.size != facts["bytes"]:
+        raise ArtifactError(f"{name}: {checked.size} bytes, {facts['bytes']} expected: truncated or altered", name)
     checked.facts = facts
     return checked
 
 
 def _wrong_facts(facts: dict[str, Any], version: list[int]) -> str | None:
-    size, whole, sums = facts["bytes"], facts.get("sha256"), facts.get("crc32c")
+    size, whole, sums = facts.get("bytes"), facts.get("sha256"), facts.get("crc32c")
     if type(size) is not int or not 0 <= size <= _SIZE_LIMIT:
         return "bytes"
     if not isinstance(whole, str) or not re.fullmatch("[0-9a-f]{64}", whole):

@@ -22,4 +22,4 @@ def verify(path: str | Path, expected_sha256: str | None = None) -> None:
         ValueError: If ``expected_sha256`` is no sha256.
     """
     with local_copy(path) as directory:
-        read_manifest(directory).verify(expected_sha256)
+        read_manifest(directory, expected_sha256).verify()

@@ -80,7 +80,7 @@ def readers(root: Path, count: int, seed: int) -> SharingReport:
         rng, seen, deadline = random.Random(seed), list[str](), time.monotonic() + 60
         while len(seen) < count or (len(set(seen)) < 2 and time.monotonic() < deadline):
             seen.append(_looked(out))
-            time.sleep(rng.uniform(0, 0.002))
+            time.sleep(rng.uniform(0, 0.02))
         return seen
 
     writer = Child(exporting)
