@@ -18,6 +18,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_pathkernel.capture import CaptureError
+from lightning_pathkernel.fit_resume import committed_by
 from lightning_pathkernel.fit_session import FitSession, SessionOptions
 from lightning_pathkernel.fit_store import ON_STORE_ERROR
 from lightning_pathkernel.identity import BatchRows, IdentityError, TrainingIds
@@ -200,7 +201,11 @@ class PathKernelCallback(_Callback):
         Raises:
             MisconfigurationException: If the fit is to go on from one.
         """
-        if not self._active or not trainer.ckpt_path or self._resumed is not None:
+        if not self._active or not trainer.ckpt_path:
+            return
+        if self._resumed is not None:
+            with _translated():
+                committed_by(self._resumed, trainer.world_size, trainer.global_rank)
             return
         self._release(trainer)
         what = "has no state of PathKernelCallback: it was written by a fit that was not recorded, or after its end"

@@ -54,16 +54,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> Any:
     from jsonargparse import ArgumentParser, set_parsing_settings
 
+    from lightning_pathkernel.commands.formatter import ShortHelp
+
     set_parsing_settings(add_print_completion_argument=True)
     about = "Kernel machines: a trained network as a bias and the contributions of its training examples."
-    parser = ArgumentParser(prog="pathkernel", description=about)
+    parser = ArgumentParser(prog="pathkernel", description=about, formatter_class=ShortHelp)
     commands = parser.add_subcommands(required=True, metavar="COMMAND")
     for name, function in COMMANDS.items():
         text, _, described = (inspect.getdoc(function) or "").partition("\n\nArgs:\n")
-        own = ArgumentParser(description=text)
+        own = ArgumentParser(description=text, formatter_class=ShortHelp, usage=_usage(name, function))
         _add_arguments(own, function, dict(_ARGUMENT.findall(described)))
         commands.add_subcommand(name, own, help=text.partition("\n")[0])
     return parser
+
+
+def _usage(name: str, function: Callable[..., int]) -> str:
+    needed = [
+        f"--{key.replace('_', '-')} {key.upper()}" if parameter.kind is parameter.KEYWORD_ONLY else key.upper()
+        for key, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is parameter.empty
+    ]
+    return f"pathkernel {name} {' '.join(needed)} [options]"
 
 
 def _add_arguments(parser: Any, function: Callable[..., int], described: dict[str, str]) -> None:
@@ -77,4 +88,5 @@ def _add_arguments(parser: Any, function: Callable[..., int], described: dict[st
         elif types[name] is bool:
             parser.add_argument(option, action="store_true", help=text)
         else:
-            parser.add_argument(option, type=types[name], default=parameter.default, help=text)
+            short = name.rpartition("_")[2].upper()
+            parser.add_argument(option, type=types[name], default=parameter.default, help=text, metavar=short)

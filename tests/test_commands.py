@@ -144,7 +144,7 @@ def test_a_report_of_what_was_logged_and_one_of_the_machine(
 def test_help_fits_a_screen(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = called(capsys, command, "--help")
     assert status == 0
-    assert len(out.splitlines()) <= 48
+    assert len(out.splitlines()) <= 24
     assert max(map(len, out.splitlines())) <= 80
 
 

@@ -24,15 +24,17 @@ def explain(
     top_k: int = 5,
     json: bool = False,
 ) -> int:
-    """Name the training examples most for and most against each prediction, with its ledger.
+    """Name the training examples for and against.
+
+    Each prediction's ledger is told too.
 
     Args:
         directory: The artifact: a directory, or an fsspec URL.
-        inputs: File of the inputs, a row for each: .npy, .safetensors or .csv.
-        module: Class of the network, or a function that makes it: `package.Class`.
-        module_args: Its arguments, as JSON, such as '{"hidden": 32}'.
-        forward_fn: As in training, if one was given there: `package.function`.
-        target: The output that is explained, one for all or a list; the predicted class where it is left out.
+        inputs: File of a row for each: .npy, .safetensors, .csv.
+        module: The network: `package.Class`, or a function.
+        module_args: Its arguments, as JSON: '{"hidden": 32}'.
+        forward_fn: As in training, if any: `package.function`.
+        target: The explained output; else the predicted class.
         top_k: Examples on each side.
         json: Print one line of JSON.
 

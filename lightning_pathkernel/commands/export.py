@@ -10,7 +10,7 @@ __all__ = ["export"]
 
 
 def export(recording: str, out: str, row_bits: int = 16) -> int:
-    """Turn a recording, finished or interrupted, into a machine's artifact.
+    """Make a machine of a recording, broken off or not.
 
     Args:
         recording: The recording's directory: what the callback wrote, `DIRPATH/recording`.

@@ -11,7 +11,7 @@ __all__ = ["info"]
 
 
 def info(directory: str, json: bool = False) -> int:
-    """Say what an artifact is of, by its manifest and headers; no tensor is read.
+    """Say what an artifact is of; no tensor is read.
 
     Args:
         directory: The artifact: a directory, or an fsspec URL.

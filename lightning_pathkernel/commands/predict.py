@@ -26,15 +26,15 @@ def predict(
     out: str | None = None,
     json: bool = False,
 ) -> int:
-    """Predict by the kernel machine: bias plus the sum of all contributions.
+    """Predict: bias plus the sum of all contributions.
 
     Args:
         directory: The artifact: a directory, or an fsspec URL.
-        inputs: File of the inputs, a row for each: .npy, .safetensors or .csv.
-        module: Class of the network, or a function that makes it: `package.Class`.
-        module_args: Its arguments, as JSON, such as '{"hidden": 32}'.
-        forward_fn: As in training, if one was given there: `package.function`.
-        out: File for the outputs, .npy; what is there already is refused.
+        inputs: File of a row for each: .npy, .safetensors, .csv.
+        module: The network: `package.Class`, or a function.
+        module_args: Its arguments, as JSON: '{"hidden": 32}'.
+        forward_fn: As in training, if any: `package.function`.
+        out: File for the outputs, .npy; not overwritten.
         json: Print one line of JSON.
 
     Returns:

@@ -27,21 +27,21 @@ def report(
     labels: str | None = None,
     title: str = "Kernel machine report",
 ) -> int:
-    """Write one self-contained HTML page about a machine; what is there already is replaced.
+    """Write one self-contained HTML page about a machine.
 
-    Without a module it shows what was logged in training. With one, examples and suspected label errors; with inputs
-    too, why the machine says what it says of them.
+    It shows what was logged in training; with a module, examples and suspected label errors too, and with inputs
+    why the machine says what it says of them. What is there already is replaced.
 
     Args:
         directory: The artifact: a directory, or an fsspec URL.
         out: The page.
-        module: Class of the network, or a function that makes it: `package.Class`.
-        module_args: Its arguments, as JSON, such as '{"hidden": 32}'.
-        forward_fn: As in training, if one was given there: `package.function`.
-        inputs: File of inputs to explain, a row for each: .npy, .safetensors or .csv.
-        target: The output that is explained, one for all or a list; the predicted class where it is left out.
-        examples: File of the training set, a row per example id, to show its examples.
-        labels: File of the training set's labels, a whole number per example id.
+        module: The network: `package.Class`, or a function.
+        module_args: Its arguments, as JSON: '{"hidden": 32}'.
+        forward_fn: As in training, if any: `package.function`.
+        inputs: To explain, a row for each: .npy, .safetensors, .csv.
+        target: The explained output; else the predicted class.
+        examples: File of the training set, a row per id.
+        labels: File of its labels, a whole number per id.
         title: Heading of the page.
 
     Returns:

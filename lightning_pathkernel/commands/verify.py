@@ -9,7 +9,7 @@ __all__ = ["verify"]
 
 
 def verify(directory: str, expected_sha256: str | None = None, json: bool = False) -> int:
-    """Read every byte of an artifact and compare it with its manifest.
+    """Compare every byte of an artifact with its manifest.
 
     Exit status 0 if it is whole, 1 if not: then the first bad file and chunk are named.
 

@@ -32,15 +32,21 @@ class WriterLock:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.release()
+            self.forget()
             raise HeldError(f"{directory / LOCK} is held by another writer") from None
         except OSError:
-            self.release()
+            self.forget()
             raise
         _held.add(self)
 
     def release(self) -> None:
-        """Give it up; may be called again."""
+        """Give it up, for children that were forked meanwhile too; may be called again."""
+        if self._descriptor >= 0:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            self.forget()
+
+    def forget(self) -> None:
+        """Close the file without giving the lock up for others that share it."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -52,7 +58,7 @@ _held: weakref.WeakSet[WriterLock] = weakref.WeakSet()
 def _let_go_in_child() -> None:
     """A worker of a data loader must not hold what its parent held, after the parent's death."""
     for lock in list(_held):
-        lock.release()
+        lock.forget()
 
 
 os.register_at_fork(after_in_child=_let_go_in_child)
