@@ -250,8 +250,7 @@ class PathKernelCallback(_Callback):
         """Tell the recorder which examples are coming."""
         if self._recording is not None:
             with _translated():
-                rows = self._rows(trainer, batch)
-                self._recording.begin_batch(rows)
+                self._recording.begin_batch(self._rows(trainer, batch))
 
     def _rows(self, trainer: pl.Trainer, batch: Any) -> list[BatchRows]:
         """The examples of a batch, loader by loader."""
