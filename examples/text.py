@@ -83,9 +83,9 @@ def train(reference: Reference) -> tuple[Reader, PathKernelCallback]:
     """Train as always, with one callback more."""
     pl.seed_everything(0)
     module = Reader()
-    path_kernel = PathKernelCallback(dirpath=str(OUT / "run"), nodes=8, probes=32, prog_bar=True)
+    path_kernel = PathKernelCallback(dirpath=str(OUT / "run"), nodes=6, probes=32, prog_bar=True)
     trainer = pl.Trainer(
-        max_epochs=5, callbacks=[path_kernel], accelerator="cpu", logger=False, enable_checkpointing=False,
+        max_epochs=4, callbacks=[path_kernel], accelerator="cpu", logger=False, enable_checkpointing=False,
         default_root_dir=str(OUT), enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, DataLoader(reference.training, 32, shuffle=True), DataLoader(reference.validation, 128))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,9 +20,11 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 def run(name: str, *args: str) -> str:
     """What an example prints, from the root of a checkout."""
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # beside the suite's other processes two would wait, spinning
     done = subprocess.run(
-        [sys.executable, EXAMPLES / name, *args], capture_output=True, text=True, timeout=300, cwd=EXAMPLES.parent
-    )
+        [sys.executable, EXAMPLES / name, *args],
+        capture_output=True, text=True, timeout=300, cwd=EXAMPLES.parent, env=one_thread,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
 
