@@ -238,7 +238,7 @@ class Workshop(PathTotals, ABC):
             >>> from lightning_pathkernel.testing import tiny_machine
             >>> x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [1.1, 0.1], [0.0, 1.0], [0.1, 0.9], [1.0, 0.1]])
             >>> y = torch.tensor([0, 0, 0, 1, 1, 1])  # the last one is wrong
-            >>> _ = torch.manual_seed(0)
+            >>> _ = torch.manual_seed(1)
             >>> found = tiny_machine(nn.Linear(2, 2), x, y).label_errors(y)
             >>> found.example_ids[0]
             tensor(5)
