@@ -184,7 +184,9 @@ class TrainingIds:
         """
         combined = trainer.fit_loop._combined_loader
         if self._epoch is None or self._epoch() is not combined._iterator:
-            self._begin_epoch(combined, trainer.fit_loop.batch_idx)
+            # batches that a collate function leaves out count as batches too: only a resumed epoch begins in its midst
+            resumed = self._epoch is None and bool(trainer.ckpt_path)
+            self._begin_epoch(combined, trainer.fit_loop.batch_idx if resumed else 0)
         parts = [(k, place, part_of(batch, place)) for k, place in enumerate(self._places)]
         given = [(k, place, part) for k, place, part in parts if part is not None]
         if self._user is not None:
