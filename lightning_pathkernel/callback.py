@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -178,12 +177,17 @@ class PathKernelCallback(_Callback):
 
     # checkpoints
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint says of the recording, which is flushed for it; every process takes part."""
-        if self._session is None:
-            return dict(self._saved)
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:  # fmt: skip
+        """Say what the checkpoint says of the recording, which is flushed for it; every process takes part.
+
+        Not in ``state_dict``: the Trainer would refuse two callbacks that have one, before we could say why.
+        """
         with _translated():
-            return self._session.save()
+            state = dict(self._saved) if self._session is None else self._session.save()
+        if state:
+            checkpoint["callbacks"][self.state_key] = state
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -301,15 +305,8 @@ class PathKernelCallback(_Callback):
             self._release(trainer)
             self._saved = saved
             if self.log_artifact and trainer.is_global_zero:
-                self._upload(trainer)
-
-    def _upload(self, trainer: pl.Trainer) -> None:
-        """Nothing is uploaded where there is no machine: nothing was learned, or ``export=False``."""
-        if self.machine_dir is None or not (self.machine_dir / "manifest.json").is_file():
-            warnings.warn("PathKernelCallback: log_artifact=True, but no machine was exported.", stacklevel=2)
-            return
-        for told in upload_machine(self.machine_dir, trainer.loggers, trainer.global_step):
-            rank_zero_info(f"PathKernelCallback: machine uploaded by {told}.")
+                for told in upload_machine(self.machine_dir, trainer.loggers, trainer.global_step):
+                    rank_zero_info(f"PathKernelCallback: machine uploaded by {told}.")
 
     def _log_figures(self, trainer: pl.Trainer, module: pl.LightningModule, history: list[dict[str, float]]) -> None:
         from lightning_pathkernel.machine import KernelMachine

@@ -57,6 +57,10 @@ class PathTotals:
         """``b(x)``: the initial model, weight decay and buffers, ``[Q, K]``."""
         return self._over(x, lambda part: self._bias_and_examples(part)[1])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the weights at the end of the path, which are computed when they are asked for."""
+        return {name: value for name, value in self.__dict__.items() if name != "_end"}
+
     def _bias_and_examples(self, x: Any) -> tuple[Tensor, Tensor]:
         """Prediction and bias, ``[n, K]`` each."""
         first = next(iter(self._path))

@@ -12,10 +12,11 @@ __all__ = ["upload_machine"]
 _NAME = "kernel-machine"
 
 
-def upload_machine(directory: Path, loggers: Iterable[Any], step: int) -> list[str]:
-    """Hand a machine to every logger that can take it.
+def upload_machine(directory: Path | None, loggers: Iterable[Any], step: int) -> list[str]:
+    """Hand an exported machine to every logger that can take it.
 
-    An upload that fails, and a logger that takes none, is a warning that names it: the machine stays where it is.
+    An upload that fails, a logger that takes none, and a machine that is not there (nothing was learned, or
+    ``export=False``) is a warning that says so; a machine stays where it is.
 
     Args:
         directory: The artifact.
@@ -25,7 +26,10 @@ def upload_machine(directory: Path, loggers: Iterable[Any], step: int) -> list[s
     Returns:
         What became of it, logger by logger, in words.
     """
-    told = []
+    told: list[str] = []
+    if directory is None or not (directory / "manifest.json").is_file():
+        warnings.warn("PathKernelCallback: log_artifact=True, but no machine was exported.", stacklevel=2)
+        return told
     for logger in loggers:
         name = type(logger).__name__
         send = _way(logger)

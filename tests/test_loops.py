@@ -696,8 +696,7 @@ def test_the_module_and_the_callback_may_be_pickled_and_copied_in_mid_fit(tmp_pa
 
 def test_two_callbacks_in_one_trainer_are_refused(tmp_path: Path) -> None:
     both = [recorder(tmp_path / "a"), recorder(tmp_path / "b")]
-    # Lightning refuses two callbacks with one state key when the Trainer is made, before ours looks
-    with pytest.raises(RuntimeError, match="more than one stateful callback of type `PathKernelCallback`"):
+    with pytest.raises(MisconfigurationException, match="found 2 PathKernelCallbacks in one Trainer: keep one"):
         fit(Classifier(), both, tmp_path)
 
 
