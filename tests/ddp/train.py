@@ -1,11 +1,17 @@
-"""Run as a script by the tests: one fit on the digits, by one process or by two, on the same global batches."""
+"""Run as a script by the tests: fits on the digits, by one process or by two, on the same global batches.
+
+The arguments of several fits stand one after another, with a + between them.
+"""
 
 from __future__ import annotations
 
 import argparse
 import errno
 import os
+import sys
 import warnings
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +60,7 @@ def network(kind: str) -> nn.Module | None:
     return None
 
 
-def main() -> None:
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("root", type=Path)
     parser.add_argument("--processes", type=int, default=2)
@@ -69,20 +75,24 @@ def main() -> None:
     parser.add_argument("--fail", type=int, help="the second process' disk is full from this segment on")
     parser.add_argument("--on-store-error", default="raise")
     parser.add_argument("--injected", action="store_true", help="let the Trainer share out a plain loader")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def loader_for(options: argparse.Namespace, training: TensorDataset) -> DataLoader[Any]:
+    if options.injected:
+        return DataLoader(training, BATCH // 2, shuffle=True, num_workers=1, persistent_workers=True)
+    if options.processes > 1:
+        return SharedLoader(training)
+    return DataLoader(training, BATCH, sampler=Interleaved(training))
+
+
+def fit(arguments: Sequence[str]) -> None:
+    options = parsed(arguments)
     warnings.simplefilter("ignore" if options.fail is None else "default")
-    torch.set_num_threads(1)
     training, validation = digits()
     training = TensorDataset(*(t[:COUNT] for t in training.tensors))
     torch.manual_seed(3)
     module = Classifier(options.optimizer, network(options.network))
-    several = options.processes > 1
-    if options.injected:
-        loader = DataLoader(training, BATCH // 2, shuffle=True, num_workers=1, persistent_workers=True)
-    elif several:
-        loader = SharedLoader(training)
-    else:
-        loader = DataLoader(training, BATCH, sampler=Interleaved(training))
     path_kernel = PathKernelCallback(
         str(options.root / "run"), sketch_dim=512, nodes=8, probes=64, tolerance=options.tolerance,
         on_store_error=options.on_store_error,
@@ -91,14 +101,15 @@ def main() -> None:
     if options.fail is not None and os.environ.get("LOCAL_RANK") == "1":
         fill_disk(options.fail)
     trainer = pl.Trainer(
-        max_epochs=3, accelerator="cpu", devices=options.processes, strategy="ddp" if several else "auto",
+        max_epochs=3, accelerator="cpu", devices=options.processes,
+        strategy="ddp" if options.processes > 1 else "auto",
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=options.root,
         gradient_clip_val=options.clip, accumulate_grad_batches=options.accumulate, num_sanity_val_steps=0,
         callbacks=[] if options.plain else [path_kernel, *extra], use_distributed_sampler=options.injected,
     )  # fmt: skip
     try:
-        trainer.fit(module, loader, DataLoader(validation, 50), ckpt_path=options.resume)
+        trainer.fit(module, loader_for(options, training), DataLoader(validation, 50), ckpt_path=options.resume)
     except Killed:
         return
     if trainer.is_global_zero:
@@ -146,4 +157,7 @@ class Share(torch.utils.data.Sampler[int]):
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    for between, each in groupby(sys.argv[1:], lambda argument: argument == "+"):
+        if not between:
+            fit(list(each))
