@@ -35,6 +35,7 @@ from lightning_pathkernel.store import (
     publish_json,
     publish_tensors,
     read_manifest,
+    taken_back,
     upload,
 )
 from lightning_pathkernel.stored_path import ReducedPath, StoredPath
@@ -83,9 +84,10 @@ def publish_artifact(out: str | Path, fill: Callable[[Path], None]) -> str | Pat
             if error.errno in _TAKEN:
                 raise FileExistsError(_taken(place)) from error
             raise
+        with taken_back(lambda: place.rename(staged)):
+            fsync_directory(place.parent)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    fsync_directory(place.parent)
     return place
 
 

@@ -20,6 +20,7 @@ from lightning_pathkernel.store.publish import (
     publish_tensors,
     remove_temporaries,
     sha256_of,
+    taken_back,
 )
 from lightning_pathkernel.store.remote import LocalCopy, download, is_url, local_copy, upload
 from lightning_pathkernel.store.segments import Segment, SegmentHeader, read_segment, segment_name, write_segment
@@ -66,6 +67,7 @@ __all__ = [
     "remove_temporaries",
     "segment_name",
     "sha256_of",
+    "taken_back",
     "tensors_of",
     "unpack_tree",
     "upload",

@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = [
     "publish_tensors",
     "remove_temporaries",
     "sha256_of",
+    "taken_back",
 ]
 
 
@@ -47,6 +49,17 @@ def make_directory(path: Path) -> None:
     for each in reversed(missing):
         each.mkdir(exist_ok=True)
         fsync_directory(each.parent)
+
+
+@contextmanager
+def taken_back(undo: Callable[[], object]) -> Iterator[None]:
+    """Undo what was published where the file system does not say that it will last: all of it is there, or nothing."""
+    try:
+        yield
+    except OSError:
+        with suppress(OSError):
+            undo()
+        raise
 
 
 def publish(path: Path, write: Callable[[Path], None]) -> Path:
@@ -81,7 +94,8 @@ def publish(path: Path, write: Callable[[Path], None]) -> Path:
             temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
-    fsync_directory(path.parent)
+    with taken_back(path.unlink):
+        fsync_directory(path.parent)
     return path
 
 

@@ -112,6 +112,23 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path: Path, mon
     assert names(tmp_path) == ["full", "link"]
 
 
+def test_a_machine_whose_place_cannot_be_synced_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, seen = KernelMachine.load(GOLDEN / "1.1" / "rows-16", Tiny()), []
+    sync = artifact_writer.fsync_directory
+
+    def fails(directory: Path) -> None:
+        if directory == tmp_path:
+            seen.append(names(tmp_path))
+            raise OSError(errno.EIO, "input/output error")
+        sync(directory)
+
+    monkeypatch.setattr(artifact_writer, "fsync_directory", fails)
+    with pytest.raises(OSError, match="input/output error"):
+        machine.save(tmp_path / "out")
+    assert seen == [["out"]]
+    assert names(tmp_path) == []
+
+
 @pytest.mark.parametrize("taken", ["file", "full", "empty"])
 def test_a_place_that_is_taken_meanwhile_is_not_replaced(
     taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

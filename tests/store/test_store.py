@@ -9,6 +9,7 @@ import os
 import random
 import re
 import shutil
+import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,24 @@ def test_a_failing_system_call_leaves_nothing(site: str, tmp_path: Path, monkeyp
     monkeypatch.setattr(os, site, fails)
     with pytest.raises(OSError, match="input/output error"):
         publish_tensors(tmp_path / "a", {"x": torch.zeros(3)}, {})
+    assert names(tmp_path) == []
+
+
+def test_a_directory_that_cannot_be_synced_takes_the_file_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was in its place, but nobody says that it will be after a power cut."""
+    sync = os.fsync
+    seen: list[list[str]] = []
+
+    def fails(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            seen.append(names(tmp_path))
+            raise OSError(errno.EIO, "input/output error")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="input/output error"):
+        publish_tensors(tmp_path / "a", {"x": torch.zeros(3)}, {})
+    assert seen == [["a"]]
     assert names(tmp_path) == []
 
 
