@@ -26,7 +26,7 @@ from tests.reliability.forks import Ended, forked
 from tests.reliability.limits import part_of, time_left
 from tests.reliability.shim import FAULTS, Operation, Shim
 from tests.reliability.training import checkpoints, train
-from tests.reliability.trees import differences, final, torn, tree
+from tests.reliability.trees import differences, final, finished, torn, tree
 
 __all__ = [
     "SHORT",
@@ -210,7 +210,7 @@ def goes_on(run: Path, expected: dict[str, str], found: list[Path] | None = None
     ended = forked(lambda: train(run, found[-1] if found else None, **SHORT))
     if ended.error or ended.signal:
         return [f"cannot be resumed: {ended.error or ended.signal}"]
-    return [f"resumed: {line}" for line in differences(final(tree(run / "run")), final(expected))]
+    return [f"resumed: {line}" for line in finished(run / "run", expected)]
 
 
 def stopping(root: Path, count: int | None, seed: int) -> FaultReport:

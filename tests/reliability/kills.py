@@ -20,7 +20,7 @@ from tests.reliability.exports import export
 from tests.reliability.forks import Child, Ended, Phase, forked
 from tests.reliability.limits import time_left
 from tests.reliability.training import PHASES, TRAINING, checkpoints, train
-from tests.reliability.trees import differences, final, torn, tree
+from tests.reliability.trees import final, finished, torn, tree
 
 __all__ = ["KillReport", "campaign"]
 
@@ -111,15 +111,7 @@ class _Campaign:
     def _finished(self, ends: list[Ended], run: Path, name: str) -> None:
         self.report.runs += 1
         self.report.wrong += [f"{name}: {end.error or end.signal}" for end in ends if end.error or end.signal]
-        found = final(tree(run / "run"))
-        machines = {path.split("/")[0] for path in found} - {"recording"}
-        for machine in machines - {"machine"}:  # a run killed after its export makes another machine, elsewhere
-            if machine.startswith("machine-v"):
-                other = {"machine/" + p.partition("/")[2]: d for p, d in found.items() if p.startswith(machine + "/")}
-                wanted = {path: digest for path, digest in self.expected.items() if path.startswith("machine/")}
-                self.report.wrong += [f"{name}: {machine}: {line}" for line in differences(other, wanted)]
-                found = {path: digest for path, digest in found.items() if not path.startswith(machine + "/")}
-        self.report.wrong += [f"{name}: {line}" for line in differences(found, self.expected)]
+        self.report.wrong += [f"{name}: {line}" for line in finished(run / "run", self.expected)]
 
     def one_run(self, name: str) -> None:
         """From the start to the end, killed again and again."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning_pathkernel.store import ArtifactError, read_segment
 
-__all__ = ["differences", "final", "torn", "tree"]
+__all__ = ["differences", "final", "finished", "torn", "tree"]
 
 ASIDE = ("discarded", "lock")
 """What a recording may hold besides its contents: segments after the checkpoint resumed from, and its lock."""
@@ -40,6 +40,26 @@ def differences(found: dict[str, str], expected: dict[str, str]) -> list[str]:
 def final(found: dict[str, str]) -> dict[str, str]:
     """What a finished run is compared by: all but the states of open chords, of which a checkpoint names one."""
     return {name: digest for name, digest in found.items() if not Path(name).name.startswith("open-")}
+
+
+def finished(run: Path, expected: dict[str, str]) -> list[str]:
+    """What differs in a run that reached its end after it was interrupted, one line each.
+
+    A run that was interrupted after its machine had been published makes another one beside it: the same, to the byte.
+
+    Args:
+        run: The directory of recording and machine.
+        expected: What an undisturbed run has there.
+    """
+    found, expected = final(tree(run)), final(expected)
+    machine = {name: digest for name, digest in expected.items() if name.startswith("machine/")}
+    lines = []
+    for again in sorted({name.split("/")[0] for name in found if name.startswith("machine-v")}):
+        other = {name: digest for name, digest in found.items() if name.startswith(f"{again}/")}
+        found = {name: digest for name, digest in found.items() if name not in other}
+        same = {f"machine/{name.partition('/')[2]}": digest for name, digest in other.items()}
+        lines += [f"{again}: {line}" for line in differences(same, machine)]
+    return lines + differences(found, expected)
 
 
 def torn(run: Path, expected: dict[str, str]) -> list[str]:
