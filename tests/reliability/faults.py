@@ -15,7 +15,7 @@ import os
 import pickle
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,22 @@ class Fits:
         part, parts = self.part
         return found[: self.report.planned][part::parts]
 
+    def each(self, count: int | None, seed: int) -> Iterator[tuple[Path, Ended, str, list[str]]]:
+        """A fit for every fault: its directory, how it ended, the fault, and what is wrong with what it left."""
+        for number, fault in self.sites(count, seed):
+            if not time_left():
+                return
+            run, ended, fired = self.disturbed(number, fault)
+            if fired is None:
+                self.report.wrong.append(f"operation {number} was not reached in another run: {ended.error}")
+            else:
+                where = f"{fault} at operation {number}, {fired.place} {fired.kind} {fired.path}"
+                wrong = _disturbed(run, self.expected, fired.kind in ("unlink", "rmdir"))
+                self.report.injected += 1
+                yield run, ended, fault, wrong
+                self.report.wrong += [f"{where}: {line}" for line in wrong]
+            shutil.rmtree(run)
+
     def disturbed(self, number: int, fault: str) -> tuple[Path, Ended, Operation | None]:
         run = self.root / f"run-{number}-{fault.replace(' ', '-')}"
         (run / "run").mkdir(parents=True)
@@ -170,17 +186,7 @@ def recording(root: Path, count: int | None, seed: int) -> FaultReport:
         seed: Of the choice among them.
     """
     fits = Fits(root)
-    for number, fault in fits.sites(count, seed):
-        if not time_left():
-            break
-        run, ended, fired = fits.disturbed(number, fault)
-        if fired is None:
-            fits.report.wrong.append(f"operation {number} was not reached in another run: {ended.error}")
-            shutil.rmtree(run)
-            continue
-        where = f"{fault} at operation {number}, {fired.place} {fired.kind} {fired.path}"
-        fits.report.injected += 1
-        wrong = _disturbed(run, fits.expected, fired.kind in ("unlink", "rmdir"))
+    for run, ended, fault, wrong in fits.each(count, seed):
         if ended.error or ended.signal:
             fits.report.raised += 1
             wrong += filter(None, [_clear(ended, fault)])
@@ -188,8 +194,6 @@ def recording(root: Path, count: int | None, seed: int) -> FaultReport:
         else:
             wrong += differences(final(tree(run / "run")), final(fits.expected)) if fault == "short write" else []
             wrong += goes_on(run, fits.expected) if fault != "short write" else []
-        fits.report.wrong += [f"{where}: {line}" for line in wrong]
-        shutil.rmtree(run)
     return fits.report
 
 
@@ -216,23 +220,11 @@ def goes_on(run: Path, expected: dict[str, str], found: list[Path] | None = None
 def stopping(root: Path, count: int | None, seed: int) -> FaultReport:
     """Faults in a fit whose training is worth more than its recording; arguments as in `recording`."""
     fits = Fits(root, on_store_error="stop_recording")
-    for number, fault in fits.sites(count, seed):
-        if not time_left():
-            break
-        run, ended, fired = fits.disturbed(number, fault)
-        if fired is None:
-            fits.report.wrong.append(f"operation {number} was not reached in another run: {ended.error}")
-            shutil.rmtree(run)
-            continue
-        where = f"{fault} at operation {number}, {fired.place} {fired.kind} {fired.path}"
-        fits.report.injected += 1
-        wrong = _disturbed(run, fits.expected, fired.kind in ("unlink", "rmdir"))
+    for run, ended, _, wrong in fits.each(count, seed):
         if ended.value != fits.ended.value:
             fits.report.raised += 1
             wrong.append(f"training did not go on to the same weights: {ended.error or ended.signal}")
         wrong += exportable(run)
-        fits.report.wrong += [f"{where}: {line}" for line in wrong]
-        shutil.rmtree(run)
     return fits.report
 
 
