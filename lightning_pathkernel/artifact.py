@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import ChainMap
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from torch import nn
 
 from lightning_pathkernel.fingerprint import check_module, check_state, load_constants
 from lightning_pathkernel.names import merge_names
+from lightning_pathkernel.network import detached_copy
 from lightning_pathkernel.store import (
     CONSTANTS,
     LocalCopy,
@@ -60,7 +60,7 @@ def _read(
         manifest.verify()
     described = manifest.contents["module"]
     check_module(module, described)
-    private = _copy(module)
+    private = detached_copy(module)
     for name, parameter in private.named_parameters():
         parameter.requires_grad_(described["parameters"][name]["trainable"])
     load_constants(private, tensors_of(TensorFile(manifest.files[CONSTANTS]))[0])
@@ -86,13 +86,3 @@ def _read_through(stored: StoredPath) -> None:
     for chord in stored:
         for _ in chord.examples.influences():
             pass
-
-
-def _copy(module: nn.Module) -> nn.Module:
-    """A deep copy without a trainer behind it."""
-    trainer = module.__dict__.pop("_trainer", None)
-    try:
-        return copy.deepcopy(module)
-    finally:
-        if trainer is not None:
-            module.__dict__["_trainer"] = trainer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +12,10 @@ from torch import Tensor
 from lightning_pathkernel.capture import PerExampleGradient, matrix_shape
 from lightning_pathkernel.example_rows import HeldRows
 from lightning_pathkernel.ledger import ChordSpan, weights_along
-from lightning_pathkernel.network import Tensors
+from lightning_pathkernel.network import Tensors, on_device
 from lightning_pathkernel.sketch import KroneckerSketch
 
-__all__ = ["Chord", "QueryBuffer", "direction_of"]
+__all__ = ["Chord", "QueryBuffer", "direction_of", "parts_on"]
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,10 @@ class Chord:
             residual={**self.residual, **residual},
         )
 
+    def to(self, device: torch.device) -> Chord:
+        """The chord with all but its examples on a device."""
+        return replace(self, **parts_on(self, device))
+
     @property
     def examples(self) -> HeldRows:
         """The examples, as what is asked of a stored chord's."""
@@ -118,6 +123,15 @@ class Chord:
         )
 
 
+def parts_on(chord: Any, device: torch.device) -> dict[str, Any]:
+    """What of a chord, in memory or in a file, goes to a device with the network; its examples stay where they are."""
+    names = ("start", "delta", "start_buffers", "end_buffers", "preconditioner", "decay", "residual", "end")
+    return {
+        "sketches": {name: sketch.to(device) for name, sketch in chord.sketches.items()},
+        **{name: on_device(getattr(chord, name), device) for name in (*names, "second_stage")},
+    }
+
+
 def direction_of(
     total: Tensor,
     sketches: Mapping[str, KroneckerSketch],
@@ -126,6 +140,7 @@ def direction_of(
     like: Tensors,
 ) -> dict[str, Tensor]:
     """A sum of rows ``[k]`` as a direction in weight space: ``D . S_query^T total``."""
+    total = total.to(next(iter(like.values())).device)
     features = total if second_stage is None else total @ second_stage
     return synthesise(sketches, features, preconditioner, like)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from lightning_pathkernel.chord import Chord
@@ -13,7 +14,7 @@ from lightning_pathkernel.ledger import ChordSpan
 from lightning_pathkernel.network import Tensors
 from lightning_pathkernel.sketch import KroneckerSketch
 
-__all__ = ["ChordPath", "HeldPath", "PathChord"]
+__all__ = ["ChordPath", "Chords", "HeldPath", "PathChord", "PlacedChords"]
 
 
 class PathChord(Protocol):
@@ -54,10 +55,11 @@ class PathChord(Protocol):
     def examples_direction(self) -> dict[str, Tensor]: ...  # noqa: D102
     def span(self) -> ChordSpan: ...  # noqa: D102
     def held(self) -> Chord: ...  # noqa: D102
+    def to(self, device: torch.device) -> PathChord: ...  # noqa: D102
 
 
-class ChordPath(Protocol):
-    """Chords in the order of training; going along the path may read each of them anew."""
+class Chords(Protocol):
+    """Chords in the order of training; going along them may read each of them anew."""
 
     def __len__(self) -> int:
         """Number of chords."""
@@ -66,6 +68,10 @@ class ChordPath(Protocol):
     def __iter__(self) -> Iterator[PathChord]:
         """The chords, one after another."""
         ...
+
+
+class ChordPath(Chords, Protocol):
+    """All that a machine asks of its path."""
 
     @property
     def examples(self) -> Sequence[ExampleRows]:
@@ -105,3 +111,24 @@ class HeldPath:
     def without(self, gone: Tensor) -> HeldPath:
         """The path without some examples."""
         return HeldPath([chord.without(gone) for chord in self.chords])
+
+
+class PlacedChords:
+    """Chords that come to the device of the network, one after another, while somebody waits.
+
+    Args:
+        path: Where they are.
+        device: Where they are asked, all but their examples.
+        passed: Called whenever a chord has been dealt with.
+    """
+
+    def __init__(self, path: Chords, device: torch.device, passed: Callable[[], object] = lambda: None) -> None:
+        self._path, self._device, self._passed = path, device, passed
+
+    def __len__(self) -> int:
+        return len(self._path)
+
+    def __iter__(self) -> Iterator[PathChord]:
+        for chord in self._path:
+            yield chord.to(self._device)
+            self._passed()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cached_property
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,16 +21,22 @@ def block_length(row_bytes: int) -> int:
     return max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // max(row_bytes, 1)))
 
 
-class Block(NamedTuple):
-    """Some of a chord's examples, in the order of their ids.
+@dataclass(frozen=True)
+class Block:
+    """Some of a chord's examples, in the order of their ids; their rows are read when they are asked for.
 
     Attributes:
         ids: Ascending, ``[b]``.
-        rows: Their rows, ``[b, k]``.
+        between: ``(start, stop) -> rows [stop - start, k]`` of this block.
     """
 
     ids: Tensor
-    rows: Tensor
+    between: Callable[[int, int], Tensor]
+
+    @property
+    def rows(self) -> Tensor:
+        """All of its rows, ``[b, k]``."""
+        return self.between(0, len(self.ids))
 
 
 class ExampleRows(Protocol):
@@ -49,8 +56,8 @@ class ExampleRows(Protocol):
         """Number of examples."""
         ...
 
-    def blocks(self) -> Iterator[Block]:
-        """All of them, ids ascending."""
+    def blocks(self, length: int | None = None) -> Iterator[Block]:
+        """All of them, ids ascending, at most ``length`` at a time; None for about a megabyte of rows."""
         ...
 
     def influences(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -92,11 +99,12 @@ class HeldRows:
     def __len__(self) -> int:
         return len(self.example_ids)
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self, length: int | None = None) -> Iterator[Block]:
         """All of them, ids ascending."""
-        length = block_length(self.rows.shape[1] * self.rows.element_size())
-        for start in range(0, len(self), length):
-            yield Block(self.example_ids[start : start + length], self.rows[start : start + length])
+        step = length or block_length(self.rows.shape[1] * self.rows.element_size())
+        for start in range(0, len(self), step):
+            rows = self.rows[start : start + step]
+            yield Block(self.example_ids[start : start + step], partial(_sliced, rows))
 
     def influences(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Ids and self inner products."""
@@ -128,8 +136,8 @@ class KeptRows:
         """Number of examples left, sum of their rows, and sum of those left out."""
         count, like = 0, self.whole.total
         kept, lost = (torch.zeros_like(like, dtype=torch.float64) for _ in range(2))
-        for ids, rows in self.whole.blocks():
-            out = torch.isin(ids, self.gone)
+        for block in self.whole.blocks():
+            out, rows = torch.isin(block.ids, self.gone), block.rows
             kept += rows[~out].double().sum(0)
             lost += rows[out].double().sum(0)
             count += int((~out).sum())
@@ -158,11 +166,12 @@ class KeptRows:
         """Sum of the rows that were left out, ``[k]``."""
         return self._sums[2]
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self, length: int | None = None) -> Iterator[Block]:
         """Those that are left, ids ascending."""
-        for ids, rows in self.whole.blocks():
-            kept = ~torch.isin(ids, self.gone)
-            yield Block(ids[kept], rows[kept])
+        for block in self.whole.blocks(length):
+            kept = (~torch.isin(block.ids, self.gone)).nonzero().flatten()
+            if len(kept):
+                yield Block(block.ids[kept], partial(_chosen, block, kept))
 
     def influences(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Ids and self inner products of those that are left."""
@@ -175,3 +184,14 @@ class KeptRows:
         whole = self.whole.held()
         kept = ~torch.isin(whole.example_ids, self.gone)
         return HeldRows(whole.example_ids[kept], whole.rows[kept], whole.self_inner[kept])
+
+
+def _sliced(rows: Tensor, start: int, stop: int) -> Tensor:
+    return rows[start:stop]
+
+
+def _chosen(block: Block, places: Tensor, start: int, stop: int) -> Tensor:
+    """Rows of a block at some of the ascending ``places`` in it: what lies before and behind them is not read."""
+    which = places[start:stop]
+    first, last = (int(which[0]), int(which[-1])) if len(which) else (0, -1)
+    return block.between(first, last + 1)[which - first]

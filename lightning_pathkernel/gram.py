@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from lightning_pathkernel.capture import PerExampleGradient, matrix_shape
-from lightning_pathkernel.chord_path import ChordPath
+from lightning_pathkernel.chord_path import Chords
 from lightning_pathkernel.explanation import OutputFn, functional_of
-from lightning_pathkernel.network import Functional, Network, Tensors, batch_size, take_rows
+from lightning_pathkernel.network import Functional, Network, Tensors, batch_size, on_device, take_rows
 from lightning_pathkernel.path import QuadratureRule
 
 __all__ = ["Place", "Side", "gram_at", "path_kernel", "place_of_node", "sides"]
@@ -184,8 +184,8 @@ class _Asked:
         pieces: list[Roots] = []
         for start in range(rows.start, rows.stop, self.chunk):
             batch, functional = side.term(k, slice(start, min(start + self.chunk, rows.stop)))
-            sink = _Gradients(self.place, self.dtype)
-            self.network.per_example_gradients(batch, functional, sink, self.place.weights, self.place.buffers)
+            here, sink = on_device(batch, self.network.device), _Gradients(self.place, self.dtype)
+            self.network.per_example_gradients(here, functional, sink, self.place.weights, self.place.buffers)
             pieces.append(sink.roots())
         return pieces[0] if len(pieces) == 1 else _joined(pieces)
 
@@ -242,7 +242,7 @@ def path_kernel(
     network: Network,
     first: Side,
     second: Side | None,
-    path: ChordPath,
+    path: Chords,
     rules: Sequence[QuadratureRule],
     chunk: int = 256,
     dtype: torch.dtype | None = None,
@@ -275,7 +275,7 @@ def path_kernel(
     return out
 
 
-def place_of_node(path: ChordPath, node: int) -> Place:
+def place_of_node(path: Chords, node: int) -> Place:
     """A node of the path, for the tangent kernel there.
 
     Args:

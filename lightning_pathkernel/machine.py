@@ -15,11 +15,15 @@ from lightning_pathkernel.artifact import read_machine
 from lightning_pathkernel.artifact_writer import save_machine
 from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.chord_path import ChordPath, HeldPath
-from lightning_pathkernel.explanation import Explanation, OutputFn, functional_of, joined
+from lightning_pathkernel.explanation import Explanation, OutputFn, joined
 from lightning_pathkernel.ledger import bias
 from lightning_pathkernel.names import merge_names, names_of
 from lightning_pathkernel.network import ForwardFn, take_rows
-from lightning_pathkernel.ranking import all_contributions, strongest_contributions
+from lightning_pathkernel.path_totals import Work
+from lightning_pathkernel.progress import Progress, style_of
+from lightning_pathkernel.query import Question
+from lightning_pathkernel.query_options import QueryOptions
+from lightning_pathkernel.ranking import strongest_contributions
 from lightning_pathkernel.reporting import report
 from lightning_pathkernel.store import Manifest
 from lightning_pathkernel.workshop import Workshop
@@ -30,6 +34,10 @@ __all__ = ["KernelMachine"]
 class KernelMachine(Workshop):
     """A trained network as ``b(x) + sum_i c_i(x)`` over its training examples.
 
+    Queries may be on any device, of any number, and come back as answers on the CPU, where the examples' ids are. They
+    are asked ``chunk_size`` at a time on the device of the module's weights, chord by chord; examples stay on the CPU
+    or in their files, read ``example_chunk`` at a time. Answers do not depend on either beyond rounding.
+
     Args:
         module: The network's module; shared with its owner, never left changed.
         chords: The path: chords in memory, or those of an artifact, which stay in its files.
@@ -37,7 +45,10 @@ class KernelMachine(Workshop):
             element when the batch is a tuple or a list.
         rtol: As in `load`.
         quadrature_points: As in `load`.
-        chunk_size: Queries processed at once.
+        chunk_size: As in `load`.
+        example_chunk: As in `load`.
+        device: As in `load`; where the module is on another one, a copy of it is moved.
+        progress: As in `load`.
 
     Raises:
         ValueError: If there are no chords, or a number is not positive.
@@ -52,8 +63,12 @@ class KernelMachine(Workshop):
         rtol: float | None = None,
         quadrature_points: int = 4,
         chunk_size: int = 256,
+        example_chunk: int | None = None,
+        device: str | torch.device | None = None,
+        progress: Progress = None,
     ) -> None:
-        super().__init__(module, chords, forward_fn, rtol, quadrature_points, chunk_size)
+        options = QueryOptions(rtol, quadrature_points, chunk_size, example_chunk, progress)
+        super().__init__(module, chords, forward_fn, options, device)
         self._manifest: Manifest | None = None
         if isinstance(self._path, HeldPath):
             merge_names(self._path.names())
@@ -70,6 +85,10 @@ class KernelMachine(Workshop):
         rtol: float | None = None,
         quadrature_points: int = 4,
         expected_sha256: str | None = None,
+        chunk_size: int = 256,
+        example_chunk: int | None = None,
+        device: str | torch.device | None = None,
+        progress: Progress = None,
     ) -> KernelMachine:
         """Load an exported machine; its examples stay in its files, which must stay as they are.
 
@@ -78,12 +97,19 @@ class KernelMachine(Workshop):
                 ``memory://``), which is downloaded to a temporary directory that the machine keeps.
             module: A module of the architecture that was trained; its weights do not matter and stay as they are.
             forward_fn: As in training, if one was given there.
-            rtol: Tolerance of the quadrature along each chord: points are doubled, for each chunk of queries, until
-                the embedded error estimate is below this share of the chord's change of the outputs, or 64 points are
-                reached. None for a fixed number of points, as in the metrics logged in training.
+            rtol: Tolerance of the quadrature along each chord: points are doubled, for each query by itself, until the
+                embedded error estimate is below this share of the chord's change of its outputs, or 64 points are
+                reached; a kernel takes the most that one of its queries needs. None for a fixed number of points, as in
+                the metrics logged in training.
             quadrature_points: Gauss-Legendre points along each chord where there is no ``rtol``.
             expected_sha256: The sha256 that the manifest must have, if its author told you; then every byte is read
                 and compared first, as `verify` does.
+            chunk_size: Queries processed at once: memory grows with it, and with the network.
+            example_chunk: Examples read at once, of one chord; None for about a megabyte of rows.
+            device: Where queries are asked, such as ``"cuda"``; None for where the module is.
+            progress: Whether a question shows a progress bar, on standard error: None for after two seconds, where that
+                is a terminal or the process a notebook's; True or False; ``"tqdm"`` or ``"rich"`` for a kind of bar
+                other than that of the module's Trainer.
 
         Returns:
             The machine.
@@ -92,11 +118,12 @@ class KernelMachine(Workshop):
             ArtifactError: If the artifact is damaged or of another format, or if the module's parameter names, shapes
                 or dtypes differ from the manifest's; every difference is named. Of a large artifact, damage within
                 examples and nodes is found when a question first touches it.
-            ValueError: If ``expected_sha256`` is no sha256.
+            ValueError: If ``expected_sha256`` is no sha256, or a number is not positive.
         """
         private, stored, manifest = read_machine(path, module, expected_sha256)
-        machine = cls(private, stored, forward_fn, rtol, quadrature_points)
-        machine._manifest = manifest
+        placed = private if device is None else private.to(device)
+        machine = cls(placed, stored, forward_fn, rtol, quadrature_points, chunk_size, example_chunk, None, progress)
+        machine._manifest, machine._bar_style = manifest, style_of(module)
         return machine
 
     @property
@@ -165,9 +192,32 @@ class KernelMachine(Workshop):
         machine._manifest = self._manifest
         return machine
 
-    def _along(self, path: Sequence[Chord] | ChordPath) -> KernelMachine:
+    def to(self, device: str | torch.device) -> KernelMachine:
+        """The machine with its network on another device.
+
+        Args:
+            device: Where queries are to be asked, such as ``"cuda"``.
+
+        Returns:
+            A machine that shares everything else with this one; where the network is there already, the network too.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from lightning_pathkernel.testing import tiny_machine
+            >>> machine = tiny_machine(nn.Linear(2, 3)).to("cuda" if torch.cuda.is_available() else "cpu")
+            >>> machine.predict(torch.eye(2)).device  # answers are on the CPU
+            device(type='cpu')
+        """
+        machine = self._along(self._path, device)
+        machine._manifest = self._manifest
+        return machine
+
+    def _along(self, path: Sequence[Chord] | ChordPath, device: str | torch.device | None = None) -> KernelMachine:
         network = self._network
-        return KernelMachine(network.module, path, network.forward_fn, self._rtol, self._points, self._chunk)
+        machine = KernelMachine(network.module, path, network.forward_fn, device=device, **self._options.arguments())
+        machine._bar_style = self._bar_style
+        return machine
 
     report = report
 
@@ -184,12 +234,11 @@ class KernelMachine(Workshop):
         Returns:
             Contributions, in the units of the scalar explained; positive ones speak for it.
         """
-        target = self._targets(x, target)
-        parts = []
-        for part, rows in self._with_rows(x, target):
-            functional = functional_of(output_fn, rows)
-            shares = query.shares(self._network, part, self._path, self._rules(part), functional)
-            parts.append(all_contributions(shares, self.example_ids))
+        target, count, parts = self._targets(x, target), self._count(x), []
+        with self._work("contributions", count, count, count) as work:
+            for part in self._questions(x, target, output_fn):
+                shares = query.shares(self._network, part, work.chords(), self._rules(part.batch, work.chords()))
+                parts.append(self._all_contributions(shares, work))
         return torch.cat(parts)
 
     def explain(
@@ -214,18 +263,19 @@ class KernelMachine(Workshop):
         Returns:
             The explanation.
         """
-        target = self._targets(x, target)
-        pieces = [self._explain(part, rows, top_k, output_fn, complete) for part, rows in self._with_rows(x, target)]
-        return joined(pieces)
+        target, count = self._targets(x, target), self._count(x)
+        with self._work("explain", 2 * count, count, count) as work:
+            return joined(
+                [self._explain(part, top_k, complete, work) for part in self._questions(x, target, output_fn)]
+            )
 
-    def _explain(self, x: Any, target: Tensor, top_k: int, output_fn: OutputFn | None, complete: bool) -> Explanation:
-        functional = functional_of(output_fn, target)
-        rules = self._rules(x)
-        terms, gaps = query.ledger(self._network, x, self._path, rules, functional)
+    def _explain(self, question: Question, top_k: int, complete: bool, work: Work) -> Explanation:
+        rules = self._rules(question.batch, work.chords())
+        terms, gaps = query.ledger(self._network, question, work.chords(), rules)
         lost = [gap[:, 0] for gap in gaps] if complete else None
-        shares = query.shares(self._network, x, self._path, rules, functional, lost)
-        ids, contributions = strongest_contributions(shares, top_k)
-        ledger = {name: value[:, 0] for name, value in terms.items()}
+        shares = list(query.shares(self._network, question, work.chords(), rules, lost))
+        ids, contributions = strongest_contributions(shares, top_k, self._options.example_chunk, work.passed)
+        ledger = {name: value[:, 0].cpu() for name, value in terms.items()}
         return Explanation(bias(ledger) + ledger["examples"], ids, contributions, ledger)
 
     def coefficients(
@@ -246,7 +296,7 @@ class KernelMachine(Workshop):
         Raises:
             KeyError: If an id was never visited in training.
         """
-        ids = torch.as_tensor(ids)
+        ids, target = torch.as_tensor(ids).cpu(), target.cpu()
         unknown = ids[~torch.isin(ids, self.example_ids)]
         if len(unknown):
             raise KeyError(f"examples {unknown.tolist()[:10]} were never visited in training")

@@ -5,6 +5,7 @@ Everything runs in evaluation mode, leaves no ``p.grad`` behind, draws no random
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -23,7 +24,9 @@ __all__ = [
     "Tensors",
     "batch_size",
     "default_forward",
+    "detached_copy",
     "float_buffers",
+    "on_device",
     "take_rows",
 ]
 
@@ -88,6 +91,21 @@ def take_rows(batch: Any, rows: slice | Tensor) -> Any:
     return pytree.tree_map(take, batch)
 
 
+def detached_copy(module: nn.Module) -> nn.Module:
+    """A deep copy without a trainer behind it."""
+    trainer = module.__dict__.pop("_trainer", None)
+    try:
+        return copy.deepcopy(module)
+    finally:
+        if trainer is not None:
+            module.__dict__["_trainer"] = trainer
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """Every tensor of a batch, a mapping or any other nesting on a device; what is there already is not copied."""
+    return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, value)
+
+
 class _Forward(nn.Module):
     """Lets `torch.func.functional_call` reach a module through a user's forward function."""
 
@@ -115,6 +133,11 @@ class Network:
         self.forward_fn = forward_fn or default_forward
         self._forward = _Forward(module, self.forward_fn)
         self.parameters = {name: p for name, p in plan.parameters.items() if p.requires_grad}
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(iter(self.plan.parameters.values())).device
 
     def activate(self, names: Sequence[str]) -> None:
         """Take in parameters of the plan that begin to learn only now."""

@@ -209,16 +209,21 @@ def check_rows(stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> boo
 def decode_rows(codes: Tensor, exponents: Tensor, each: Tensor | None) -> Tensor:
     """Packed rows without their rest.
 
+    Codes times powers of two have few digits: nothing is rounded, in whichever precision they are multiplied.
+
     Args:
         codes: Float16, or int8 where there are row exponents, ``[V, k]``.
         exponents: Of the columns, ``[k]``.
         each: Of the rows, ``[V]``.
 
     Returns:
-        The rows in double precision, ``[V, k]``.
+        The rows in float32, ``[V, k]``.
     """
-    out = codes.double() * torch.exp2(exponents.double())
-    return out if each is None else out * torch.exp2(each.double()).unsqueeze(1)
+    columns = torch.exp2(exponents.double())
+    if each is None:
+        return codes.float().mul_(columns.float())
+    # two powers of two, of which the first alone may lead out of float32
+    return (codes.double() * columns * torch.exp2(each.double()).unsqueeze(1)).float()
 
 
 def unpack_rows(stored: Mapping[str, Tensor]) -> Tensor:
@@ -237,8 +242,9 @@ def unpack_rows(stored: Mapping[str, Tensor]) -> Tensor:
     if not check_rows({name: (stored[name].dtype, tuple(stored[name].shape)) for name in parts if name in stored}):
         return stored["rows"]
     out = decode_rows(stored["rows"], stored["exponents"], stored.get("row_exponents"))
-    out[int(out.abs().amax(1).argmax())] += stored["rest"].double()
-    return out.float()
+    at = int(out.abs().amax(1).argmax())
+    out[at] = (out[at].double() + stored["rest"].double()).float()
+    return out
 
 
 def pack_integers(values: Tensor) -> Tensor:

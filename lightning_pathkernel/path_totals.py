@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,12 +14,49 @@ from torch import Tensor, nn
 from lightning_pathkernel import query
 from lightning_pathkernel.capture import plan_capture
 from lightning_pathkernel.chord import Chord
-from lightning_pathkernel.chord_path import ChordPath, HeldPath
+from lightning_pathkernel.chord_path import ChordPath, Chords, HeldPath, PlacedChords
+from lightning_pathkernel.explanation import OutputFn
 from lightning_pathkernel.ledger import LEDGER_TERMS, fidelity_metrics
-from lightning_pathkernel.network import ForwardFn, Network, Tensors, batch_size, take_rows
-from lightning_pathkernel.path import QuadratureRule, gauss_legendre
+from lightning_pathkernel.network import (
+    ForwardFn,
+    Network,
+    Tensors,
+    batch_size,
+    detached_copy,
+    on_device,
+    take_rows,
+)
+from lightning_pathkernel.path import gauss_legendre
+from lightning_pathkernel.progress import Advance, is_shown, progress_bar, style_of
+from lightning_pathkernel.query import Question, RowRules
+from lightning_pathkernel.query_options import QueryOptions
 
-__all__ = ["PathTotals"]
+__all__ = ["PathTotals", "Work"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """A question under way.
+
+    Attributes:
+        path: The path.
+        device: That of the network.
+        rows: Rows of all examples.
+        advance: Moves the bar on, by passes of a chord.
+    """
+
+    path: ChordPath
+    device: torch.device
+    rows: int
+    advance: Advance
+
+    def chords(self, weight: float = 1.0) -> PlacedChords:
+        """The path's chords, on the network's device; each that is passed counts ``weight``."""
+        return PlacedChords(self.path, self.device, lambda: self.advance(weight))
+
+    def passed(self, rows: int) -> None:
+        """So many rows of examples have been added up: all of them count as one pass of the path."""
+        self.advance(rows * len(self.path) / self.rows)
 
 
 class PathTotals:
@@ -27,19 +66,22 @@ class PathTotals:
         self,
         module: nn.Module,
         chords: Sequence[Chord] | ChordPath,
-        forward_fn: ForwardFn | None = None,
-        rtol: float | None = None,
-        quadrature_points: int = 4,
-        chunk_size: int = 256,
+        forward_fn: ForwardFn | None,
+        options: QueryOptions,
+        device: str | torch.device | None,
     ) -> None:
         if not len(chords):
             raise ValueError("a kernel machine needs at least one chord: the recording is empty")
-        if quadrature_points < 1 or (rtol is not None and rtol <= 0):
-            raise ValueError(f"quadrature_points and rtol must be positive, found {quadrature_points} and {rtol}")
-        self._network = Network(module, plan_capture(module), forward_fn)
+        placed = module if device is None else _moved(module, torch.device(device))
+        self._network = Network(placed, plan_capture(placed), forward_fn)
         self._path = HeldPath(chords) if isinstance(chords, Sequence) else chords
-        self._rtol, self._points = rtol, quadrature_points
-        self._chunk = chunk_size
+        self._options = options
+        self._bar_style = style_of(module)
+
+    @property
+    def device(self) -> torch.device:
+        """Where queries are asked; answers come back on the CPU."""
+        return self._network.device
 
     @cached_property
     def example_ids(self) -> Tensor:
@@ -51,29 +93,34 @@ class PathTotals:
 
     def predict(self, x: Any) -> Tensor:
         """The network's outputs rebuilt from the bias and the stored examples, eq. (7), ``[Q, K]``."""
-        return self._over(x, lambda part: self._bias_and_examples(part)[0])
+        return self._bias_and_prediction("predict", x)[1]
 
     def bias(self, x: Any) -> Tensor:
         """``b(x)``: the initial model, weight decay and buffers, ``[Q, K]``."""
-        return self._over(x, lambda part: self._bias_and_examples(part)[1])
+        return self._bias_and_prediction("bias", x)[0]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the weights at the end of the path, which are computed when they are asked for."""
         return {name: value for name, value in self.__dict__.items() if name != "_end"}
 
-    def _bias_and_examples(self, x: Any) -> tuple[Tensor, Tensor]:
-        """Prediction and bias, ``[n, K]`` each."""
-        first = next(iter(self._path))
-        bias = self._network.outputs(x, first.start, first.start_buffers)
-        examples = torch.zeros_like(bias)
-        for chord, rule in zip(self._path, self._rules(x), strict=True):
-            part, part_bias = query.sums(self._network, x, chord, rule)
-            examples, bias = examples + part, bias + part_bias
-        return bias + examples, bias
+    def _bias_and_prediction(self, text: str, x: Any) -> tuple[Tensor, Tensor]:
+        """``[Q, K]`` each."""
+        found = []
+        with self._work(text, self._count(x), self._count(x)) as work:
+            for part in self._chunks(x):
+                chords = work.chords()
+                first = next(iter(chords))
+                bias = self._network.outputs(part, first.start, first.start_buffers)
+                examples = torch.zeros_like(bias)
+                for chord, rules in zip(chords, self._rules(part, chords), strict=True):
+                    shares, part_bias = query.sums(self._network, part, chord, rules)
+                    examples, bias = examples + shares, bias + part_bias
+                found.append((bias.cpu(), (bias + examples).cpu()))
+        return torch.cat([bias for bias, _ in found]), torch.cat([prediction for _, prediction in found])
 
     def network_outputs(self, x: Any) -> Tensor:
         """Outputs of the network that the machine stands for, at the end of its path, ``[Q, K]``."""
-        return self._over(x, self._end_outputs)
+        return torch.cat([self._end_outputs(part).cpu() for part in self._chunks(x)])
 
     def fidelity(self, dataloader: Iterable[Any]) -> dict[str, float]:
         """How well the machine reproduces its network on batches of inputs.
@@ -86,15 +133,20 @@ class PathTotals:
             ``error_unattributed``: norms relative to that of the learned change ``f_T - b``.
         """
         ledgers, outputs = [], []
-        for batch in dataloader:
-            for part in self._chunks(batch):
-                ledgers.append(query.ledger(self._network, part, self._path, self._rules(part))[0])
-                outputs.append(self._end_outputs(part))
+        batches = len(dataloader) if isinstance(dataloader, Sized) else None
+        with self._work("fidelity", batches, batches) as work:
+            for batch in dataloader:
+                chords = work.chords(1 / self._count(batch))
+                for part in self._chunks(batch):
+                    rules = self._rules(part, chords)
+                    found, _ = query.ledger(self._network, Question(part), chords, rules)
+                    ledgers.append(on_device(found, torch.device("cpu")))
+                    outputs.append(self._end_outputs(part).cpu())
         terms = {name: torch.cat([found[name] for found in ledgers]) for name in LEDGER_TERMS}
         return fidelity_metrics(terms, torch.cat(outputs))
 
     def _end_outputs(self, x: Any) -> Tensor:
-        return self._network.outputs(x, *self._end)
+        return self._network.outputs(on_device(x, self.device), *self._end)
 
     @cached_property
     def _end(self) -> tuple[dict[str, Tensor], Tensors]:
@@ -103,28 +155,60 @@ class PathTotals:
             last = chord
         return last.weights(1.0), last.end_buffers
 
-    # chunks
+    # how questions are answered
 
-    def _rules(self, x: Any) -> list[QuadratureRule]:
-        """A quadrature rule for every chord, on these inputs."""
-        if self._rtol is None:
-            return [gauss_legendre(self._points)] * len(self._path)
-        return [query.rule_within(self._network, x, chord, self._rtol) for chord in self._path]
+    @contextmanager
+    def _work(self, text: str, passes: int | None, rules: int | None, examples: int = 0) -> Iterator[Work]:
+        """A question under way, with its progress bar.
+
+        Args:
+            text: What the bar says.
+            passes: How often the path is gone along, besides for quadrature rules; None where nobody knows.
+            rules: How often for quadrature rules, where these depend on the inputs.
+            examples: How often all examples are added up.
+
+        Yields:
+            The work.
+        """
+        rows, total = 1, None
+        if is_shown(self._options.progress):
+            rows = max(1, sum(map(len, self._path.examples)))
+            wanted = 0 if self._options.rtol is None else rules
+            total = None if passes is None or wanted is None else len(self._path) * (passes + wanted + examples)
+        with progress_bar(text, total, self._options.progress, self._bar_style) as advance:
+            yield Work(self._path, self.device, rows, advance)
+
+    def _count(self, x: Any) -> int:
+        """Number of chunks of queries."""
+        return max(1, -(-batch_size(x) // self._options.chunk_size))
+
+    def _rules(self, x: Any, chords: Chords) -> list[RowRules]:
+        """Quadrature along every chord, on these inputs."""
+        rtol = self._options.rtol
+        if rtol is None:
+            return [query.everywhere(gauss_legendre(self._options.quadrature_points))] * len(chords)
+        return [query.rules_within(self._network, x, chord, rtol) for chord in chords]
 
     def _targets(self, x: Any, target: Tensor | None) -> Tensor:
         if target is None:
             return self.network_outputs(x).argmax(1)
         if target.shape != (batch_size(x),):
             raise ValueError(f"target must have shape ({batch_size(x)},), found {tuple(target.shape)}")
-        return target
+        return target.cpu()
 
     def _chunks(self, x: Any) -> Iterator[Any]:
-        for start in range(0, batch_size(x), self._chunk):
-            yield take_rows(x, slice(start, start + self._chunk))
+        """Queries, some at a time, on the network's device."""
+        for start in range(0, max(1, batch_size(x)), self._options.chunk_size):
+            yield on_device(take_rows(x, slice(start, start + self._options.chunk_size)), self.device)
 
-    def _with_rows(self, x: Any, target: Tensor) -> Iterator[tuple[Any, Tensor]]:
-        for part, start in zip(self._chunks(x), range(0, batch_size(x), self._chunk), strict=True):
-            yield part, target[start : start + self._chunk]
+    def _questions(self, x: Any, target: Tensor, output_fn: OutputFn | None = None) -> Iterator[Question]:
+        """Queries with their targets, some at a time."""
+        rows = target.split(self._options.chunk_size)
+        return (Question(part, own, output_fn) for part, own in zip(self._chunks(x), rows, strict=True))
 
-    def _over(self, x: Any, answer: Callable[[Any], Tensor]) -> Tensor:
-        return torch.cat([answer(part) for part in self._chunks(x)])
+
+def _moved(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module where it is on the device already, else a copy there; its owner's stays where it is."""
+    there = torch.empty(0, device=device).device
+    held = [*module.parameters(), *module.buffers()]
+    return module if all(value.device == there for value in held) else detached_copy(module).to(there)

@@ -1,16 +1,27 @@
-"""Contributions out of query features and stored rows, block by block: all of them, or the strongest on each side."""
+"""Contributions out of query features and stored rows, range by range: all of them, or the strongest on each side.
+
+Examples are taken in ranges of their ids. Within a range the chords come one after another, and of each only the
+rows of this range are read and added up; what is held are one chord's rows and the contributions of one range.
+
+n: query, b: example of a range, k: number of a row.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_pathkernel.example_rows import ExampleRows
+from lightning_pathkernel.example_rows import Block, ExampleRows
 
-__all__ = ["ChordShare", "all_contributions", "strongest_contributions"]
+__all__ = ["ChordShare", "Passed", "all_contributions", "strongest_contributions"]
+
+Passed = Callable[[int], object]
+"""Told of the number of rows that have been dealt with."""
+RANGE = 1024
+"""Examples in a range where nothing is said of their number."""
 
 
 @dataclass(frozen=True)
@@ -18,92 +29,134 @@ class ChordShare:
     """What a chord's part of the contributions to some queries is made of.
 
     Attributes:
-        features: Query side of eq. (8), ``[n, k]``.
+        features: Query side of eq. (8), ``[n, k]``, with the control variate's where it is asked for.
         examples: The chord's examples.
-        gap: What its sketch lost of the sum of contributions, ``[n]``, shared out by the control variate of
-            docs/theory.md section 4: ``gamma_i = <row_i, S> / |S|^2`` with ``S`` the sum of all rows; they add up to 1.
-            None for contributions as they are stored.
     """
 
     features: Tensor
     examples: ExampleRows
-    gap: Tensor | None = None
 
-    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Ids ``[b]``, ascending, and their contributions ``[n, b]``."""
-        for ids, rows in self.examples.blocks():
-            if not len(ids):
-                continue
-            part = self.features @ rows.T
-            if self.gap is not None:
-                total = self.examples.total
-                shares = rows @ total / (total @ total).clamp_min(1e-30)
-                part = part + self.gap.unsqueeze(1) * shares
-            yield ids, part
+    def completed(self, gap: Tensor) -> ChordShare:
+        """The share with what the chord's sketch lost shared out by the control variate of docs/theory.md section 4.
+
+        ``gamma_i = <row_i, S> / |S|^2`` with ``S`` the sum of all rows; they add up to 1. As they are inner products
+        with the rows too, they become part of the features.
+
+        Args:
+            gap: What was lost of the sum of contributions, ``[n]``.
+
+        Returns:
+            A share whose contributions add up to ``gap`` more.
+        """
+        total = self.examples.total.to(self.features.device)
+        direction = total / (total @ total).clamp_min(1e-30)
+        return ChordShare(self.features + gap.unsqueeze(1) * direction, self.examples)
 
 
-def all_contributions(shares: Sequence[ChordShare], ids: Tensor) -> Tensor:
-    """Contributions of every example.
+def all_contributions(
+    shares: Iterable[ChordShare], ids: Tensor, length: int | None = None, passed: Passed = lambda rows: None
+) -> Tensor:
+    """Contributions of every example; one chord's features are held at a time where ``shares`` makes them on the way.
 
     Args:
-        shares: Chord by chord.
+        shares: Chord by chord, at least one.
         ids: All ids, ascending; the columns of the answer.
+        length: Examples at a time; None for about a megabyte of rows.
+        passed: Called with the number of rows whenever some have been added.
 
     Returns:
-        The contributions, ``[n, N]``.
+        The contributions, ``[n, N]``, on the CPU.
+
+    Raises:
+        ValueError: If there are no shares.
     """
-    like = shares[0].features
-    out = like.new_zeros(len(like), len(ids))
+    out: Tensor | None = None
     for share in shares:
-        for found, part in share.blocks():
-            out.index_add_(1, torch.searchsorted(ids, found), part)
+        if out is None:
+            out = torch.zeros(len(share.features), len(ids), dtype=share.features.dtype)
+        for block in share.examples.blocks(length):
+            part = _part(share, block, len(block.ids)).cpu()
+            out.index_add_(1, torch.searchsorted(ids, block.ids), part)
+            passed(len(block.ids))
+    if out is None:
+        raise ValueError("a machine without chords")
     return out
 
 
-def strongest_contributions(shares: Sequence[ChordShare], top_k: int) -> tuple[Tensor, Tensor]:
+def strongest_contributions(
+    shares: Sequence[ChordShare], top_k: int, length: int | None = None, passed: Passed = lambda rows: None
+) -> tuple[Tensor, Tensor]:
     """The examples with the largest and with the smallest contributions; memory does not grow with their number.
+
+    Of equal contributions that of the smaller id comes first.
 
     Args:
         shares: Chord by chord.
         top_k: Examples on each side; all of them where there are fewer.
+        length: As in `all_contributions`, and of a range; None for 1,024 there.
+        passed: As in `all_contributions`.
 
     Returns:
-        Ids and contributions, ``[n, 2k]`` each: the largest first, then the smallest first.
+        Ids and contributions, ``[n, 2k]`` each, on the CPU: the largest first, then the smallest first.
     """
     like = shares[0].features
-    sides = [(like.new_zeros(len(like), 0), torch.zeros(len(like), 0, dtype=torch.long)) for _ in range(2)]
-    for ids, part in _merged(shares):
-        sides = [
-            _stronger(values, known, part, ids, top_k, largest)
-            for (values, known), largest in zip(sides, (True, False), strict=True)
-        ]
-    return torch.cat([known for _, known in sides], 1), torch.cat([values for values, _ in sides], 1)
+    empty = like.new_zeros(len(like), 0), torch.zeros(len(like), 0, dtype=torch.long)
+    sides = {1: empty, -1: empty}
+    for ids, part in _ranges(shares, length, passed):
+        for sign, (values, known) in sides.items():
+            values, known = torch.cat([values, sign * part], 1), torch.cat([known, ids.expand(len(part), -1)], 1)
+            kept = _strongest(values, top_k)
+            sides[sign] = values.gather(1, kept), known.gather(1, kept.cpu())
+    found = []
+    for sign, (values, known) in sides.items():
+        order = values.sort(stable=True, dim=1, descending=True)  # ids ascend
+        found.append((known.gather(1, order.indices.cpu()), sign * order.values.cpu()))
+    return torch.cat([known for known, _ in found], 1), torch.cat([values for _, values in found], 1)
 
 
-def _stronger(
-    values: Tensor, known: Tensor, part: Tensor, ids: Tensor, top_k: int, largest: bool
-) -> tuple[Tensor, Tensor]:
-    values, known = torch.cat([values, part], 1), torch.cat([known, ids.expand(len(part), -1)], 1)
-    best = values.topk(min(top_k, values.shape[1]), dim=1, largest=largest)
-    return best.values, known.gather(1, best.indices)
+def _strongest(values: Tensor, top_k: int) -> Tensor:
+    """Columns of the largest numbers of each row, ascending, ``[n, k]``; of equal numbers the first ones are taken."""
+    count = min(top_k, values.shape[1])
+    if count in (0, values.shape[1]):
+        return torch.arange(count, device=values.device).expand(len(values), -1)
+    ranked = values.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    least = ranked.topk(top_k, 1).values[:, -1:]
+    above, equal = ranked > least, ranked == least
+    room = top_k - above.sum(1, keepdim=True)
+    return (above | (equal & (equal.cumsum(1) <= room))).nonzero()[:, 1].reshape(len(values), top_k)
 
 
-def _merged(shares: Sequence[ChordShare]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ids and contributions of all chords together, ascending: every id comes once, with all of its contribution."""
-    streams = [share.blocks() for share in shares]
-    heads = [next(stream, None) for stream in streams]
-    while last := [int(head[0][-1]) for head in heads if head is not None]:
-        bound = min(last)
-        pieces = []
-        for index, head in enumerate(heads):
+def _part(share: ChordShare, block: Block, count: int) -> Tensor:
+    """Contributions of a block's first examples, ``[n, count]``."""
+    return share.features @ block.between(0, count).to(share.features.device).T
+
+
+def _ranges(shares: Sequence[ChordShare], length: int | None, passed: Passed) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids, ascending, and contributions of all chords together: every id comes once, with all of its contribution."""
+    streams = [share.examples.blocks(length) for share in shares]
+    heads = [_next(stream) for stream in streams]
+    while ids := [head.ids for head in heads if head is not None]:
+        within = torch.unique(torch.cat(ids))[: length or RANGE]
+        bound = min(int(within[-1]), *(int(found[-1]) for found in ids))
+        within = within[: int(torch.searchsorted(within, bound, right=True))]
+        like = shares[0].features
+        out = like.new_zeros(len(like), len(within))
+        for index, (share, head) in enumerate(zip(shares, heads, strict=True)):
             if head is None:
                 continue
-            cut = int(torch.searchsorted(head[0], bound, right=True))
+            cut = int(torch.searchsorted(head.ids, bound, right=True))
             if cut:
-                pieces.append((head[0][:cut], head[1][:, :cut]))
-            heads[index] = (head[0][cut:], head[1][:, cut:]) if cut < len(head[0]) else next(streams[index], None)
-        ids = torch.unique(torch.cat([found for found, _ in pieces]))
-        out = pieces[0][1].new_zeros(len(pieces[0][1]), len(ids))
-        for found, part in pieces:
-            out.index_add_(1, torch.searchsorted(ids, found), part)
-        yield ids, out
+                columns = torch.searchsorted(within, head.ids[:cut])
+                out.index_add_(1, columns.to(out.device), _part(share, head, cut))
+                passed(cut)
+            heads[index] = _rest(head, cut) if cut < len(head.ids) else _next(streams[index])
+        yield within, out
+
+
+def _next(stream: Iterator[Block]) -> Block | None:
+    return next((block for block in stream if len(block.ids)), None)
+
+
+def _rest(block: Block, cut: int) -> Block:
+    """A block without its first examples."""
+    return Block(block.ids[cut:], lambda a, b: block.between(cut + a, cut + b))

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
-from lightning_pathkernel.chord import Chord, direction_of
+from lightning_pathkernel.chord import Chord, direction_of, parts_on
 from lightning_pathkernel.example_rows import ExampleRows, KeptRows
 from lightning_pathkernel.ledger import ChordSpan, weights_along
 from lightning_pathkernel.network import Tensors
@@ -76,6 +77,10 @@ class StoredChord:
         lost = self._direction(kept.lost)
         residual = {**self.residual, **{name: value + self.residual.get(name, 0) for name, value in lost.items()}}
         return replace(self, examples=kept, residual=residual)
+
+    def to(self, device: torch.device) -> StoredChord:
+        """The chord with all but its examples on a device."""
+        return replace(self, **parts_on(self, device))
 
     def held(self) -> Chord:
         """The chord with its examples in memory."""

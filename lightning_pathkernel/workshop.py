@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import torch
@@ -11,13 +11,14 @@ from torch import Tensor
 
 from lightning_pathkernel import gram, query
 from lightning_pathkernel.chord import Chord
-from lightning_pathkernel.chord_path import ChordPath
-from lightning_pathkernel.explanation import OutputFn, functional_of
+from lightning_pathkernel.chord_path import ChordPath, PlacedChords
+from lightning_pathkernel.explanation import OutputFn
 from lightning_pathkernel.grouping import Labels, grouped_chord, labels_in_order
 from lightning_pathkernel.label_errors import LabelErrors, ranked, suspicion
 from lightning_pathkernel.network import batch_size, take_rows
-from lightning_pathkernel.path_totals import PathTotals
-from lightning_pathkernel.ranking import all_contributions
+from lightning_pathkernel.path import QuadratureRule
+from lightning_pathkernel.path_totals import PathTotals, Work
+from lightning_pathkernel.ranking import ChordShare, all_contributions
 
 __all__ = ["Workshop"]
 
@@ -80,7 +81,18 @@ class Workshop(PathTotals, ABC):
             (torch.Size([2, 2]), True)
         """
         first, second = self._sides(x, x2, target, target2, output_fn)
-        return gram.path_kernel(self._network, first, second, self._path, self._rules(x), self._chunk, dtype)
+        inputs = [x] if x2 is None else [x, x2]
+        with self._work("kernel", 1, sum(map(self._count, inputs))) as work:
+            rules, chunk = self._common_rules(inputs, work.chords()), self._options.chunk_size
+            return gram.path_kernel(self._network, first, second, work.chords(), rules, chunk, dtype).cpu()
+
+    def _common_rules(self, inputs: Sequence[Any], chords: PlacedChords) -> list[QuadratureRule]:
+        """One rule for each chord, the finest that any of the inputs asks for: the matrix stays semi-definite."""
+        parts = [self._rules(part, chords) for x in inputs for part in self._chunks(x)]
+        return [
+            max((rule for rules in own for _, rule in rules), key=lambda rule: len(rule.points))
+            for own in zip(*parts, strict=True)
+        ]
 
     def tangent_kernel(
         self,
@@ -122,9 +134,9 @@ class Workshop(PathTotals, ABC):
             tensor([[3., 0.],
                     [0., 3.]])
         """
-        place = gram.place_of_node(self._path, node)
+        place = gram.place_of_node(PlacedChords(self._path, self.device), node)
         first, second = self._sides(x, x2, target, target2, output_fn)
-        return gram.gram_at(self._network, first, second, place, self._chunk, dtype)
+        return gram.gram_at(self._network, first, second, place, self._options.chunk_size, dtype).cpu()
 
     def _sides(
         self, x: Any, x2: Any | None, target: Tensor | None, target2: Tensor | None, output_fn: OutputFn | None
@@ -202,13 +214,16 @@ class Workshop(PathTotals, ABC):
             raise KeyError(f"examples {unknown.tolist()[:10]} were never visited in training")
         columns = torch.searchsorted(self.example_ids, chosen)
         target = self._targets(x, target)
-        pieces = []
-        for part, rows in self._with_rows(x, target):
-            functional = functional_of(output_fn, rows)
-            shares = query.shares(self._network, part, self._path, self._rules(part), functional)
-            found = [all_contributions([share], self.example_ids)[:, columns] for share in shares]
-            pieces.append(torch.stack(found, dim=1))
+        count, pieces = self._count(x), []
+        with self._work("contributions", count, count, count) as work:
+            for part in self._questions(x, target, output_fn):
+                shares = query.shares(self._network, part, work.chords(), self._rules(part.batch, work.chords()))
+                found = [self._all_contributions([share], work)[:, columns] for share in shares]
+                pieces.append(torch.stack(found, dim=1))
         return torch.cat(pieces)
+
+    def _all_contributions(self, shares: Iterable[ChordShare], work: Work) -> Tensor:
+        return all_contributions(shares, self.example_ids, self._options.example_chunk, work.passed)
 
     # labels
 
@@ -249,14 +264,16 @@ class Workshop(PathTotals, ABC):
             return ranked(scores, self.example_ids, found)
         if batch_size(x) != len(found):
             raise ValueError(f"x has {batch_size(x)} rows for {len(found)} training examples")
-        losses = torch.cat([self._path_loss(part, rows) for part, rows in self._with_rows(x, found)])
+        with self._work("label errors", self._count(x), 0) as work:
+            parts = zip(self._chunks(x), found.split(self._options.chunk_size), strict=True)
+            losses = torch.cat([self._path_loss(part, own, work.chords()) for part, own in parts])
         return ranked(losses, self.example_ids, found)
 
-    def _path_loss(self, x: Any, labels: Tensor) -> Tensor:
+    def _path_loss(self, x: Any, labels: Tensor, chords: PlacedChords) -> Tensor:
         """Cross-entropy ``[n]`` over the path's nodes but the first, each for the steps of the chord before it."""
         steps = self.node_steps.diff()
         total = torch.zeros(len(labels))
-        for chord, share in zip(self._path, steps / steps.sum(), strict=True):
+        for chord, share in zip(chords, steps / steps.sum(), strict=True):
             outputs = self._network.outputs(x, chord.weights(1.0), chord.end_buffers).float().cpu()
             if int(labels.min()) < 0 or int(labels.max()) >= outputs.shape[1]:
                 raise ValueError(

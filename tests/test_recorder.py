@@ -14,6 +14,7 @@ from lightning_pathkernel.capture import plan_capture
 from lightning_pathkernel.chord_path import HeldPath
 from lightning_pathkernel.network import Network
 from lightning_pathkernel.path import gauss_legendre
+from lightning_pathkernel.query import Question, everywhere
 from lightning_pathkernel.ranking import all_contributions
 from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
 from lightning_pathkernel.sketch import SketchSettings
@@ -44,7 +45,7 @@ def _record(optimizer_name: str) -> tuple[Network, list, torch.Tensor]:
 def test_the_ledger_adds_up_and_the_sketch_is_faithful(name: str) -> None:
     network, chords, x = _record(name)
     rule = gauss_legendre(4)
-    terms, _ = query.ledger(network, x, chords, [rule] * len(chords))
+    terms, _ = query.ledger(network, Question(x), chords, [everywhere(rule)] * len(chords))
     outputs = network.outputs(x)
     torch.testing.assert_close(sum(terms.values()), outputs, rtol=1e-4, atol=1e-5)
     change = (outputs - terms["initial"]).norm()
@@ -55,9 +56,10 @@ def test_the_ledger_adds_up_and_the_sketch_is_faithful(name: str) -> None:
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_contributions_add_up_to_the_sum_over_examples(name: str) -> None:
     network, chords, x = _record(name)
-    rule = gauss_legendre(3)
+    rule = everywhere(gauss_legendre(3))
     total = sum(query.sums(network, x, chord, rule)[0] for chord in chords)
-    shares = query.shares(network, x, HeldPath(chords), [rule] * len(chords), lambda outputs: outputs[:, 1])
+    question = Question(x, torch.ones(len(x), dtype=torch.long))
+    shares = query.shares(network, question, HeldPath(chords), [rule] * len(chords))
     parts = all_contributions(shares, torch.arange(64))
     torch.testing.assert_close(parts.sum(1), total[:, 1], rtol=1e-3, atol=1e-4)
 

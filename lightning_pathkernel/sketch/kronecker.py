@@ -77,6 +77,11 @@ class KroneckerSketch:
     query_left: Tensor | None = None
     query_right: Tensor | None = None
 
+    def to(self, device: torch.device) -> KroneckerSketch:
+        """The sketch with its factors on a device."""
+        factors = (self.train_left, self.train_right, self.query_left, self.query_right)
+        return KroneckerSketch(self.rows, self.columns, *(None if f is None else f.to(device) for f in factors))
+
     @property
     def shape(self) -> tuple[int, int]:
         """``(k_left, k_right)``."""

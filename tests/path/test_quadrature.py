@@ -61,20 +61,33 @@ def test_gauss_legendre_is_exact_for_polynomials_of_its_degree(points: int) -> N
 
 
 @pytest.mark.parametrize(("family", "rtol"), [(gauss_legendre, 1e-8), (composite_midpoint, 1e-3)])
-def test_integrate_reaches_its_tolerance_and_its_estimate_bounds_the_error(family: Callable, rtol: float) -> None:
+def test_integrate_reaches_its_tolerance_for_every_row_and_its_estimate_bounds_the_error(
+    family: Callable, rtol: float
+) -> None:
     slope, exact = slope_and_change()
-    found = integrate(slope, rtol, family)
-    true = float((found.value - exact).norm())
-    assert true <= found.error <= rtol * float(found.value.norm())
+    found = integrate(lambda t, rows: slope(t)[rows], len(exact), rtol, family)
+    true = (found.value - exact).norm(dim=1)
+    assert (true <= found.error).all(), (true, found.error)
+    assert (found.error <= rtol * found.value.norm(dim=1)).all(), found
+
+
+def test_a_rows_points_do_not_depend_on_other_rows() -> None:
+    slope, exact = slope_and_change()
+    whole = integrate(lambda t, rows: slope(t)[rows], len(exact), 3e-5)
+    assert len(whole.points.unique()) > 1, "rows of this network need unlike numbers of points"
+    for row in range(len(exact)):
+        alone = integrate(lambda t, rows, row=row: slope(t)[row : row + 1][rows], 1, 3e-5)
+        assert int(alone.points) == int(whole.points[row])
+        assert torch.equal(alone.value[0], whole.value[row])
 
 
 def test_integrate_says_so_where_the_points_do_not_suffice() -> None:
-    slope, _ = slope_and_change()
-    found = integrate(slope, 1e-12, composite_midpoint, limit=8)
-    assert found.points == 8
-    assert found.error > 1e-12 * float(found.value.norm())
+    slope, exact = slope_and_change()
+    found = integrate(lambda t, rows: slope(t)[rows], len(exact), 1e-12, composite_midpoint, limit=8)
+    assert found.points.tolist() == [8] * len(exact)
+    assert (found.error > 1e-12 * found.value.norm(dim=1)).all()
     with pytest.raises(ValueError, match="rtol must be positive"):
-        integrate(slope, 0.0)
+        integrate(lambda t, rows: slope(t)[rows], len(exact), 0.0)
 
 
 def test_nodes_are_denser_at_the_start() -> None:

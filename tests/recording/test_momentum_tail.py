@@ -14,6 +14,7 @@ from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.chord_path import HeldPath
 from lightning_pathkernel.network import Network
 from lightning_pathkernel.path import gauss_legendre
+from lightning_pathkernel.query import Question, RowRules, everywhere
 from lightning_pathkernel.ranking import all_contributions
 from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
 from lightning_pathkernel.recording import open_chord
@@ -58,9 +59,16 @@ def recorded(name: str, nodes: Sequence[int], sketch: SketchSettings) -> tuple[N
     return network, chords
 
 
+def first_output(queries: Tensor) -> Question:
+    return Question(queries, torch.zeros(len(queries), dtype=torch.long))
+
+
+def rules_of(chords: list[Chord]) -> list[RowRules]:
+    return [everywhere(gauss_legendre(8))] * len(chords)
+
+
 def contributions(network: Network, chords: list[Chord], queries: Tensor) -> Tensor:
-    rules = [gauss_legendre(8)] * len(chords)
-    shares = query.shares(network, queries, HeldPath(chords), rules, lambda out: out[:, 0])
+    shares = query.shares(network, first_output(queries), HeldPath(chords), rules_of(chords))
     return all_contributions(shares, torch.arange(N))
 
 
@@ -89,7 +97,7 @@ def test_what_is_lost_of_the_sum_is_in_the_ledger_for_every_query(name: str) -> 
     """Of the sum over examples, query by query, the machine misses what the sketch and unattributed terms say."""
     wanted, queries = expected(name)
     network, chords = recorded(name, range(STEPS + 1), SketchSettings("balanced", width=4))
-    terms, _ = query.ledger(network, queries, chords, [gauss_legendre(8)] * len(chords), lambda out: out[:, 0])
+    terms, _ = query.ledger(network, first_output(queries), chords, rules_of(chords))
     lost = wanted.sum(1) - contributions(network, chords, queries).sum(1)
     shown = (terms["sketch"] + terms["unattributed"])[:, 0]
     assert lost.norm() > 1e-4 * wanted.sum(1).norm(), "nothing is lost: the basis is not coarse"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_pathkernel import KernelMachine, KernelMachineExporter, stored_path, verify
+from lightning_pathkernel.example_rows import Block
 from lightning_pathkernel.ranking import ChordShare, strongest_contributions
 from lightning_pathkernel.store import CHUNK, read_group, write_group
 from lightning_pathkernel.store.checked_file import CheckedFile
@@ -99,8 +100,10 @@ class Fixed:
     def __init__(self, ids: Tensor, rows: Tensor, lengths: list[int]) -> None:
         self.ids, self.rows, self.lengths = ids, rows, lengths
 
-    def blocks(self):
-        yield from zip(self.ids.split(self.lengths), self.rows.split(self.lengths), strict=True)
+    def blocks(self, length: int | None = None):
+        assert length is None
+        for ids, rows in zip(self.ids.split(self.lengths), self.rows.split(self.lengths), strict=True):
+            yield Block(ids, lambda start, stop, rows=rows: rows[start:stop])
 
 
 def test_blocks_of_any_lengths_are_merged_by_id() -> None:
