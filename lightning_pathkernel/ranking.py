@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -75,8 +76,9 @@ def all_contributions(
         if out is None:
             out = torch.zeros(len(share.features), len(ids), dtype=share.features.dtype)
         for block in share.examples.blocks(length):
-            part = _part(share, block, len(block.ids)).cpu()
-            out.index_add_(1, torch.searchsorted(ids, block.ids), part)
+            if not len(block.ids):
+                continue
+            _add(out, torch.searchsorted(ids, block.ids), _part(share, block).cpu())
             passed(len(block.ids))
     if out is None:
         raise ValueError("a machine without chords")
@@ -126,37 +128,64 @@ def _strongest(values: Tensor, top_k: int) -> Tensor:
     return (above | (equal & (equal.cumsum(1) <= room))).nonzero()[:, 1].reshape(len(values), top_k)
 
 
-def _part(share: ChordShare, block: Block, count: int) -> Tensor:
-    """Contributions of a block's first examples, ``[n, count]``."""
-    return share.features @ block.between(0, count).to(share.features.device).T
+def _part(share: ChordShare, block: Block) -> Tensor:
+    """Contributions of a block's examples, ``[n, b]``."""
+    return share.features @ block.rows.to(share.features.device).T
+
+
+def _add(out: Tensor, columns: Tensor, part: Tensor) -> None:
+    """Add to some columns of a matrix, which ascend."""
+    first, last = int(columns[0]), int(columns[-1])
+    if last - first + 1 == len(columns):  # side by side, as they are where every chord visits all examples
+        out[:, first : last + 1] += part
+    else:
+        out.index_add_(1, columns.to(out.device), part)
 
 
 def _ranges(shares: Sequence[ChordShare], length: int | None, passed: Passed) -> Iterator[tuple[Tensor, Tensor]]:
     """Ids, ascending, and contributions of all chords together: every id comes once, with all of its contribution."""
-    streams = [share.examples.blocks(length) for share in shares]
-    heads = [_next(stream) for stream in streams]
-    while ids := [head.ids for head in heads if head is not None]:
-        within = torch.unique(torch.cat(ids))[: length or RANGE]
-        bound = min(int(within[-1]), *(int(found[-1]) for found in ids))
-        within = within[: int(torch.searchsorted(within, bound, right=True))]
-        like = shares[0].features
+    count, like = length or RANGE, shares[0].features
+    heads = [_Head(share.examples.blocks(length), count) for share in shares]
+    while len(within := torch.unique(torch.cat([head.ids() for head in heads]))[:count]):
         out = like.new_zeros(len(like), len(within))
-        for index, (share, head) in enumerate(zip(shares, heads, strict=True)):
-            if head is None:
-                continue
-            cut = int(torch.searchsorted(head.ids, bound, right=True))
-            if cut:
-                columns = torch.searchsorted(within, head.ids[:cut])
-                out.index_add_(1, columns.to(out.device), _part(share, head, cut))
-                passed(cut)
-            heads[index] = _rest(head, cut) if cut < len(head.ids) else _next(streams[index])
+        for share, head in zip(shares, heads, strict=True):
+            for block in head.until(int(within[-1])):
+                _add(out, torch.searchsorted(within, block.ids), _part(share, block))
+                passed(len(block.ids))
         yield within, out
 
 
-def _next(stream: Iterator[Block]) -> Block | None:
-    return next((block for block in stream if len(block.ids)), None)
+class _Head:
+    """The next examples of a chord, of which only the ids have been read.
+
+    Args:
+        blocks: The chord's blocks.
+        count: Ids that are looked ahead, where so many are left.
+    """
+
+    def __init__(self, blocks: Iterator[Block], count: int) -> None:
+        self._blocks, self._count = blocks, count
+        self._held: list[Block] = []
+
+    def ids(self) -> Tensor:
+        """The next ids, at least ``count`` of them or all that are left."""
+        while sum(len(block.ids) for block in self._held) < self._count:
+            block = next(self._blocks, None)
+            if block is None:
+                break
+            self._held.append(block)
+        return torch.cat([torch.zeros(0, dtype=torch.long), *(block.ids for block in self._held)])
+
+    def until(self, bound: int) -> Iterator[Block]:
+        """Blocks of the examples up to an id, which are then behind."""
+        held, self._held = self._held, []
+        for block in held:
+            cut = int(torch.searchsorted(block.ids, bound, right=True))
+            if cut:
+                yield Block(block.ids[:cut], block.between)
+            if cut < len(block.ids):
+                self._held.append(Block(block.ids[cut:], partial(_later, block, cut)))
 
 
-def _rest(block: Block, cut: int) -> Block:
-    """A block without its first examples."""
-    return Block(block.ids[cut:], lambda a, b: block.between(cut + a, cut + b))
+def _later(block: Block, cut: int, start: int, stop: int) -> Tensor:
+    return block.between(cut + start, cut + stop)
