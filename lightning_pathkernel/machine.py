@@ -297,10 +297,8 @@ class KernelMachine(Workshop):
             KeyError: If an id was never visited in training.
         """
         ids, target = torch.as_tensor(ids).cpu(), target.cpu()
-        unknown = ids[~torch.isin(ids, self.example_ids)]
-        if len(unknown):
-            raise KeyError(f"examples {unknown.tolist()[:10]} were never visited in training")
-        found = self.contributions(x, target)[:, torch.searchsorted(self.example_ids, ids)]
+        columns = self._columns(ids)
+        found = self.contributions(x, target)[:, columns]
         kernel = torch.empty_like(found)
         for value in target.unique():
             rows = (target == value).nonzero().flatten()

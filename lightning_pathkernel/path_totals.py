@@ -91,6 +91,14 @@ class PathTotals:
             found = torch.unique(torch.cat([found, *(ids for ids, _ in examples.influences())]))
         return found
 
+    def _columns(self, ids: Tensor | Sequence[int]) -> Tensor:
+        """Places of some ids among ``example_ids``."""
+        wanted = torch.as_tensor(ids).cpu().contiguous()
+        unknown = wanted[~torch.isin(wanted, self.example_ids)]
+        if len(unknown):
+            raise KeyError(f"examples {unknown.tolist()[:10]} were never visited in training")
+        return torch.searchsorted(self.example_ids, wanted)
+
     def predict(self, x: Any) -> Tensor:
         """The network's outputs rebuilt from the bias and the stored examples, eq. (7), ``[Q, K]``."""
         return self._bias_and_prediction("predict", x)[1]

@@ -69,6 +69,8 @@ def rules_within(network: Network, batch: object, chord: PathChord, rtol: float)
     def slope(t: float, rows: Tensor) -> Tensor:
         return network.jvps(take_rows(batch, rows), chord.weights(t), chord.end_buffers, [chord.delta])[0]
 
+    if not batch_size(batch):
+        return everywhere(gauss_legendre(1))
     points = integrate(slope, batch_size(batch), rtol).points
     return [((points == count).nonzero().flatten(), gauss_legendre(int(count))) for count in points.unique()]
 
@@ -109,6 +111,8 @@ def query_features(
     network: Network, batch: object, chord: PathChord, rule: QuadratureRule, functional: Functional
 ) -> Tensor:
     """Sketch of ``D . integral of grad h(f(x))`` along a chord, ``[n, k]``: the query side of eq. (8)."""
+    if not batch_size(batch):  # layers' rules need a row
+        return next(iter(chord.start.values())).new_zeros(0, chord.examples.width)
     total: Tensor | None = None
     for t, w in zip(rule.points, rule.weights, strict=True):
         buffer = QueryBuffer(chord.sketches, chord.preconditioner, batch_size(batch))

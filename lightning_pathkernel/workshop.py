@@ -208,11 +208,7 @@ class Workshop(PathTotals, ABC):
             >>> by_chord.shape
             torch.Size([2, 4, 2])
         """
-        chosen = self.example_ids if ids is None else torch.as_tensor(ids)
-        unknown = chosen[~torch.isin(chosen, self.example_ids)]
-        if len(unknown):
-            raise KeyError(f"examples {unknown.tolist()[:10]} were never visited in training")
-        columns = torch.searchsorted(self.example_ids, chosen)
+        columns = slice(None) if ids is None else self._columns(ids)
         target = self._targets(x, target)
         count, pieces = self._count(x), []
         with self._work("contributions", count, count, count) as work:
