@@ -180,7 +180,7 @@ def test_equal_contributions_are_ranked_by_id_in_any_chunks() -> None:
         rows = torch.randint(-1, 2, (40, 2), generator=generator).double()
         ids, features = torch.arange(40) * 3, torch.randint(-1, 2, (5, 2), generator=generator).double()
         shares = [
-            ChordShare(features, HeldRows(ids[part], rows[part], rows[part, 0]))
+            ChordShare(features, HeldRows(ids[part].clone(), rows[part], rows[part, 0]))
             for part in (slice(None), slice(0, 25), slice(10, 40, 2))
         ]
         whole = all_contributions(shares, ids)

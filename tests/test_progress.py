@@ -16,7 +16,6 @@ from tests.helpers import digits
 from tests.store.artifacts import network, record
 from tests.test_chunks import QUESTIONS
 
-
 NO_BAR = ("network_outputs", "tangent kernel", "self-influence", "label errors")
 """Questions to one place of the path, or to what is stored of the examples, not to its chords one after another."""
 
