@@ -66,11 +66,12 @@ $(BENCH_INSTALLED): $(INSTALLED)
 	.venv/bin/pip install -c constraints.txt --no-deps backpack-for-pytorch
 	touch $@
 
-# Every figure of docs/peers.md and docs/growth.md is written anew, and what else is measured is printed. Some hours.
+# The figures of docs/peers.md, docs/growth.md and of questions in docs/benchmarks.md are written anew, and what else is measured is printed. Some hours.
 bench: $(BENCH_INSTALLED)
 	$(PY) -m benchmarks.step_time
 	$(PY) -m benchmarks.trainer_time
 	$(PY) -m benchmarks.memory
+	$(PY) -m benchmarks.queries --threads 1 --repeats 5 --docs docs/benchmarks.md
 	$(PY) -m benchmarks.peers --docs docs/peers.md
 	mkdir -p build
 	$(PY) -m benchmarks.growth --docs docs/growth.md --json build/growth.jsonl
@@ -91,6 +92,7 @@ bench: $(BENCH_INSTALLED)
 bench-quick: $(BENCH_INSTALLED)
 	$(PY) -m benchmarks.peers --quick
 	$(PY) -m benchmarks.growth --quick
+	$(PY) -m benchmarks.queries --examples 2000 --nodes 4 --sketch-dim 64 --repeats 1
 	if test -d "$(FASHION_MNIST)"; then \
 	  $(PY) -m benchmarks.attribution "$(FASHION_MNIST)" --quick; \
 	  $(PY) -m benchmarks.literal "$(FASHION_MNIST)" --quick; \

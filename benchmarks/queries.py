@@ -68,7 +68,7 @@ class Multiplied:
         """The chords, one after another."""
         generator = torch.Generator().manual_seed(0)
         for chord in self._chords:
-            which = torch.randint(len(chord.rows), (self._examples,), generator=generator)
+            which = torch.randperm(self._examples, generator=generator) % len(chord.rows)
             shares = torch.rand(self._examples, generator=generator)
             shares /= torch.zeros(len(chord.rows)).index_add_(0, which, shares)[which]
             rows, inner = chord.rows[which] * shares.unsqueeze(1), chord.self_inner[which] * shares

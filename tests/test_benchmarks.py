@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import attribution, attributors, growth, label_errors, literal, page, peers, plots, retraining
+from benchmarks import attribution, attributors, growth, label_errors, literal, page, peers, plots, queries, retraining
 from benchmarks.cases import CASES, Data
 from benchmarks.contenders import CONTENDERS, PEERS, PLAIN, RECORDED, Settings
+from benchmarks.networks import mlp
 from benchmarks.page import read_lines
 from benchmarks.recorded import data_of, record
+from lightning_pathkernel import KernelMachine
 
 torch_only = {"vmap(grad)", PLAIN, RECORDED}
 
@@ -168,6 +170,32 @@ def test_the_literal_sum_is_measured() -> None:
     assert found.exact > found.literal, found
     assert found.exact > found.linearized, found
     assert found.machine > 0.95, found
+
+
+# queries
+
+
+def test_questions_are_timed_and_the_artifact_is_what_was_recorded(tmp_path: Path) -> None:
+    queries.write_machine(tmp_path / "machine", 3000, 4, 64)
+    found = queries.measure(tmp_path / "machine", 32)
+    assert list(found) == list(queries.COLUMNS)
+    for name, (seconds, megabytes) in found.items():
+        assert 0 < seconds < 10, (name, seconds)
+        assert 0 <= megabytes < 200, (name, megabytes)
+    machine = KernelMachine.load(tmp_path / "machine", mlp())
+    assert [len(rows) for rows in machine.path.examples] == [3000] * 4
+    assert {rows.width for rows in machine.path.examples} == {64}
+    lines = queries.report([found, found])
+    assert len(lines) == 2 + len(queries.COLUMNS)
+
+
+def test_multiplied_examples_add_up_to_those_recorded() -> None:
+    recorded = record(CASES["MLP, SGD"], 0, 32, data(128, 16, 8)).machine
+    path = queries.Multiplied(recorded.chords, 500)
+    for one, other in zip(path, recorded.chords, strict=True):
+        assert one.example_ids.tolist() == list(range(500))
+        torch.testing.assert_close(one.rows.sum(0), other.rows.sum(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.self_inner.sum(), other.self_inner.sum(), rtol=1e-4, atol=1e-5)
 
 
 # growth
