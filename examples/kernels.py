@@ -2,7 +2,8 @@
 
 Does the architecture carry knowledge of the target? Each kernel of handwritten digits is asked for its alignment with
 the labels, and for the accuracy of a support vector machine on images that neither it nor the network has seen;
-centred kernel alignment compares networks.
+centred kernel alignment compares networks. An argument is a number of seeds, of which each architecture is trained with
+every one: `examples/kernels.py 5` prints the figures of docs/kernels.md.
 
 Run it from a bare checkout with `.venv/bin/python examples/kernels.py`, after `make demo` or `make test` have set the
 environment up. Everything it writes goes to `examples/out/kernels`.
@@ -37,7 +38,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 OUT = Path(__file__).parent / "out" / "kernels"
-TRAIN, TEST = 600, 300
+TRAIN, TEST = 400, 200
 NETWORKS = (("MLP", 0), ("MLP", 1), ("CNN", 0))
 KERNELS = {"tangent, start": ("tangent", 0), "tangent, end": ("tangent", -1), "path": ("path", -1)}
 
@@ -70,7 +71,7 @@ class Digits(pl.LightningModule):
 
 
 def load() -> tuple[Tensor, Tensor]:
-    """900 digits ``[n, 1, 8, 8]`` and their labels: 600 to train on, 300 to test."""
+    """600 digits ``[n, 1, 8, 8]`` and their labels: 400 to train on, 200 to test."""
     images, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[: TRAIN + TEST]
     return torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8)[order] / 16, torch.tensor(labels)[order]

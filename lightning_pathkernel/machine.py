@@ -42,6 +42,16 @@ class KernelMachine(Workshop):
     Raises:
         ValueError: If there are no chords, or a number is not positive.
         ArtifactError: If two chords call one example by different names.
+
+    Example:
+        >>> from lightning_pathkernel.testing import tiny_machine
+        >>> machine = tiny_machine()  # in practice: KernelMachine.load(path_kernel.machine_dir, model)
+        >>> machine
+        KernelMachine(Linear, chords=3)
+        >>> len(machine.path), len(machine.chords), machine.node_steps, machine.example_ids
+        (3, 3, tensor([0, 1, 2, 3]), tensor([0, 1, 2, 3, 4, 5]))
+        >>> machine.dtype, machine.directory, machine.example_names  # of no file, trained without string ids
+        (torch.float32, None, {})
     """
 
     def __init__(
@@ -93,6 +103,15 @@ class KernelMachine(Workshop):
                 or dtypes differ from the manifest's; every difference is named. Of a large artifact, damage within
                 examples and nodes is found when a question first touches it.
             ValueError: If ``expected_sha256`` is no sha256.
+
+        Example:
+            >>> import tempfile
+            >>> from torch import nn
+            >>> from lightning_pathkernel import KernelMachine
+            >>> from lightning_pathkernel.testing import tiny_machine
+            >>> directory = tiny_machine().save(tempfile.mkdtemp())
+            >>> KernelMachine.load(directory, nn.Linear(2, 3))
+            KernelMachine(Linear, chords=3)
         """
         private, stored, manifest = read_machine(path, module, expected_sha256)
         machine = cls(private, stored, forward_fn, rtol, quadrature_points)
@@ -119,6 +138,12 @@ class KernelMachine(Workshop):
         Raises:
             FileExistsError: If there is something at ``path``; nothing is overwritten.
             OSError: If it cannot be written.
+
+        Example:
+            >>> import tempfile
+            >>> from lightning_pathkernel import verify
+            >>> from lightning_pathkernel.testing import tiny_machine
+            >>> verify(tiny_machine().save(tempfile.mkdtemp()))
         """
         return save_machine(path, self._path, self._network.module, self._manifest)
 
@@ -145,6 +170,11 @@ class KernelMachine(Workshop):
 
         Returns:
             Names, nested as the ids are; ``str(id)`` where the user gave no string.
+
+        Example:
+            >>> from lightning_pathkernel.testing import tiny_machine
+            >>> tiny_machine().names_of([0, 1])
+            ['0', '1']
         """
         return names_of(self.example_names, torch.as_tensor(ids))
 
@@ -159,6 +189,11 @@ class KernelMachine(Workshop):
 
         Returns:
             A machine that shares everything else with this one.
+
+        Example:
+            >>> from lightning_pathkernel.testing import tiny_machine
+            >>> tiny_machine().without([0, 1]).example_ids
+            tensor([2, 3, 4, 5])
         """
         drop = torch.as_tensor(example_ids).reshape(-1)
         machine = self._along(self._path.without(drop))
@@ -183,6 +218,12 @@ class KernelMachine(Workshop):
 
         Returns:
             Contributions, in the units of the scalar explained; positive ones speak for it.
+
+        Example:
+            >>> import torch
+            >>> from lightning_pathkernel.testing import tiny_machine
+            >>> tiny_machine().contributions(torch.eye(2)[:1], torch.tensor([0]))
+            tensor([[ 0.0451,  0.0044, -0.0036, -0.0276,  0.0110, -0.0048]])
         """
         target = self._targets(x, target)
         parts = []
@@ -213,6 +254,15 @@ class KernelMachine(Workshop):
 
         Returns:
             The explanation.
+
+        Example:
+            >>> import torch
+            >>> from lightning_pathkernel.testing import tiny_machine
+            >>> why = tiny_machine().explain(torch.eye(2), top_k=1)
+            >>> why.example_ids, why.contributions  # for and against each
+            (tensor([[0, 3],
+                    [3, 4]]), tensor([[ 0.0451, -0.0276],
+                    [ 0.0521, -0.0084]]))
         """
         target = self._targets(x, target)
         pieces = [self._explain(part, rows, top_k, output_fn, complete) for part, rows in self._with_rows(x, target)]
@@ -245,6 +295,13 @@ class KernelMachine(Workshop):
 
         Raises:
             KeyError: If an id was never visited in training.
+
+        Example:
+            >>> import torch
+            >>> from lightning_pathkernel.testing import tiny_machine
+            >>> x, ids = torch.eye(2), torch.tensor([3, 5])
+            >>> tiny_machine().coefficients(x, torch.eye(2), ids, target=torch.tensor([0, 1])).shape
+            torch.Size([2, 2])
         """
         ids = torch.as_tensor(ids)
         unknown = ids[~torch.isin(ids, self.example_ids)]
@@ -268,6 +325,11 @@ class KernelMachine(Workshop):
 
         Returns:
             One number per example.
+
+        Example:
+            >>> from lightning_pathkernel.testing import tiny_machine
+            >>> tiny_machine().self_influence()
+            tensor([-0.0334, -0.2241, -0.2611, -0.0472, -0.0798, -0.0422])
         """
         out = torch.zeros(len(self.example_ids), dtype=torch.float64)
         for examples in self._path.examples:

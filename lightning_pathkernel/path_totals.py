@@ -50,11 +50,25 @@ class PathTotals:
         return found
 
     def predict(self, x: Any) -> Tensor:
-        """The network's outputs rebuilt from the bias and the stored examples, eq. (7), ``[Q, K]``."""
+        """The network's outputs rebuilt from the bias and the stored examples, eq. (7), ``[Q, K]``.
+
+        Example:
+            >>> import torch
+            >>> from lightning_pathkernel.testing import tiny_machine
+            >>> tiny_machine().predict(torch.eye(2)[:1])
+            tensor([[ 0.6858,  0.0449, -0.4596]])
+        """
         return self._over(x, lambda part: self._bias_and_examples(part)[0])
 
     def bias(self, x: Any) -> Tensor:
-        """``b(x)``: the initial model, weight decay and buffers, ``[Q, K]``."""
+        """``b(x)``: the initial model, weight decay and buffers, ``[Q, K]``.
+
+        Example:
+            >>> import torch
+            >>> from lightning_pathkernel.testing import tiny_machine
+            >>> tiny_machine().bias(torch.eye(2)[:1])
+            tensor([[ 0.6614,  0.0617, -0.4519]])
+        """
         return self._over(x, lambda part: self._bias_and_examples(part)[1])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -72,7 +86,14 @@ class PathTotals:
         return bias + examples, bias
 
     def network_outputs(self, x: Any) -> Tensor:
-        """Outputs of the network that the machine stands for, at the end of its path, ``[Q, K]``."""
+        """Outputs of the network that the machine stands for, at the end of its path, ``[Q, K]``.
+
+        Example:
+            >>> import torch
+            >>> from lightning_pathkernel.testing import tiny_machine
+            >>> tiny_machine().network_outputs(torch.eye(2)[:1])
+            tensor([[ 0.6858,  0.0449, -0.4596]])
+        """
         return self._over(x, self._end_outputs)
 
     def fidelity(self, dataloader: Iterable[Any]) -> dict[str, float]:
@@ -84,6 +105,13 @@ class PathTotals:
         Returns:
             ``fidelity``, ``agreement`` and the error budget ``error_quadrature``, ``error_sketch`` and
             ``error_unattributed``: norms relative to that of the learned change ``f_T - b``.
+
+        Example:
+            >>> import torch
+            >>> from lightning_pathkernel.testing import tiny_machine
+            >>> found = tiny_machine().fidelity([torch.eye(2)])
+            >>> round(found["fidelity"], 3), found["agreement"]
+            (1.0, 1.0)
         """
         ledgers, outputs = [], []
         for batch in dataloader:
