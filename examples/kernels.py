@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -39,7 +40,7 @@ from matplotlib import pyplot as plt
 
 OUT = Path(__file__).parent / "out" / "kernels"
 TRAIN, TEST = 400, 200
-NETWORKS = (("MLP", 0), ("MLP", 1), ("CNN", 0))
+NETWORKS = [("MLP", 0), ("MLP", 1), ("CNN", 0)]
 KERNELS = {"tangent, start": ("tangent", 0), "tangent, end": ("tangent", -1), "path": ("path", -1)}
 
 
@@ -105,7 +106,7 @@ def draw(rows: list[tuple[str, float, float]], alike: dict[str, np.ndarray], nam
     kinds = list(dict.fromkeys(name.partition(", ")[2] for name, _, _ in rows))
     for name, alignment, accuracy in rows:
         owner, _, kind = name.partition(", ")
-        marker = {"MLP 0": "o", "MLP 1": "s", "CNN 0": "^"}.get(owner, "*")
+        marker = "*" if owner == "RBF" else "^" if owner.startswith("CNN") else "os"[owner != "MLP 0"]
         axes[0].scatter(alignment, accuracy, marker=marker, color=f"C{kinds.index(kind)}", s=45, label=name)
     axes[0].set(xlabel="alignment with the labels, unseen images", ylabel="accuracy of an SVM, unseen images")
     axes[0].grid(alpha=0.3)
@@ -121,15 +122,16 @@ def draw(rows: list[tuple[str, float, float]], alike: dict[str, np.ndarray], nam
 
 
 def main() -> int:
-    """Train three networks and compare their kernels; returns the exit status."""
+    """Train three networks, or more, and compare their kernels; returns the exit status."""
+    networks = NETWORKS if len(sys.argv) < 2 else list(product(("MLP", "CNN"), range(int(sys.argv[1]))))
     shutil.rmtree(OUT, ignore_errors=True)
     x, y = load()
     flat, labels, unseen = x.flatten(1).numpy(), y.numpy(), slice(TRAIN, None)
     grams: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in KERNELS}
     rbf = rbf_kernel(flat, gamma=1 / (flat.shape[1] * flat.var()))
     rows = [("RBF", kernel_target_alignment(torch.tensor(rbf)[unseen, unseen], y[unseen]), svm(rbf, labels))]
-    names = [f"{kind} {seed}" for kind, seed in NETWORKS]
-    for (kind, seed), name in zip(NETWORKS, names, strict=True):
+    names = [f"{kind} {seed}" for kind, seed in networks]
+    for (kind, seed), name in zip(networks, names, strict=True):
         machine, accuracy = train(kind, seed, x, y)
         print(f"{name}: the network itself is right on {accuracy:.3f} of the unseen images")
         for title, (kernel, node) in KERNELS.items():
