@@ -2,8 +2,8 @@
 
 Does the architecture carry knowledge of the target? Each kernel of handwritten digits is asked for its alignment with
 the labels, and for the accuracy of a support vector machine on images that neither it nor the network has seen;
-centred kernel alignment compares networks. An argument is a number of seeds, of which each architecture is trained with
-every one: `examples/kernels.py 5` prints the figures of docs/kernels.md.
+centred kernel alignment compares networks. With a number of seeds as its argument each architecture is trained with
+every one, and nothing is drawn: `examples/kernels.py 5` prints what docs/kernels.md has.
 
 Run it from a bare checkout with `.venv/bin/python examples/kernels.py`, after `make demo` or `make test` have set the
 environment up. Everything it writes goes to `examples/out/kernels`.
@@ -106,7 +106,7 @@ def draw(rows: list[tuple[str, float, float]], alike: dict[str, np.ndarray], nam
     kinds = list(dict.fromkeys(name.partition(", ")[2] for name, _, _ in rows))
     for name, alignment, accuracy in rows:
         owner, _, kind = name.partition(", ")
-        marker = "*" if owner == "RBF" else "^" if owner.startswith("CNN") else "os"[owner != "MLP 0"]
+        marker = {"MLP 0": "o", "MLP 1": "s", "CNN 0": "^"}.get(owner, "*")
         axes[0].scatter(alignment, accuracy, marker=marker, color=f"C{kinds.index(kind)}", s=45, label=name)
     axes[0].set(xlabel="alignment with the labels, unseen images", ylabel="accuracy of an SVM, unseen images")
     axes[0].grid(alpha=0.3)
@@ -151,8 +151,9 @@ def main() -> int:
             f"{names[i]} and {names[j]} {pairs[i][j]:.3f}" for i in range(len(names)) for j in range(i + 1, len(names))
         )
         print(f"CKA, {title}: {shown}")
-    draw(rows, alike, names, OUT / "kernels.png")
-    print(f"\nPicture: {OUT / 'kernels.png'}")
+    if networks == NETWORKS:
+        draw(rows, alike, names, OUT / "kernels.png")
+        print(f"\nPicture: {OUT / 'kernels.png'}")
     return 0
 
 

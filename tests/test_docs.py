@@ -1,4 +1,4 @@
-"""What is public is documented: every name has a doctest and a place in docs/api.md."""
+"""What is public is documented: every name has a doctest and a place in docs/api.md; the quickstart runs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader
 
 import lightning_pathkernel
 from lightning_pathkernel import KernelMachine
+from tests.helpers import Classifier, digits
 
 DOCS = Path(__file__).parent.parent / "docs"
 MODULES = ("lightning_pathkernel", *(f"lightning_pathkernel.{name}" for name in ("report", "sklearn", "testing")))
@@ -92,3 +95,47 @@ def test_the_reference_has_every_public_name_and_nothing_that_is_not_there() -> 
     for path in listed - set(PUBLIC):
         module, _, name = path.rpartition(".")
         assert hasattr(importlib.import_module(module), name), f"docs/api.md lists {path}, which is not there"
+
+
+README = DOCS.parent / "README.md"
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def block(path: Path, number: int) -> str:
+    return BLOCK.findall(path.read_text(encoding="utf-8"))[number]
+
+
+def users_own() -> dict[str, Any]:
+    """What a user has: a LightningModule and loaders."""
+    training, validation = digits()
+    return {
+        "model": Classifier(), "train_set": training, "train_loader": DataLoader(training, 8, shuffle=True),
+        "val_loader": DataLoader(validation, 50),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A Trainer that stops early, in a directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    short = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
+             "enable_progress_bar": False, "enable_model_summary": False}  # fmt: skip
+    monkeypatch.setattr(pl, "Trainer", lambda **options: TRAINER(**{**options, **short}))
+
+
+TRAINER = pl.Trainer
+
+
+@pytest.mark.filterwarnings("ignore:probes=256, but the validation set has")
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("path", [README, DOCS / "index.md"], ids=lambda path: path.name)
+def test_the_quickstart_leads_to_a_report_in_less_than_ten_lines(path: Path) -> None:
+    first = block(path, 0)
+    assert len([line for line in first.splitlines() if line]) < 10
+    names = users_own()
+    exec(compile(first, str(path), "exec"), names)
+    page = Path("report.html").read_text(encoding="utf-8")
+    assert "Examples for" in page
+    assert "Suspected label errors" in page
+    exec(compile(block(path, 1), str(path), "exec"), names)
+    assert names["why"].example_ids.shape == (50, 10)
