@@ -96,8 +96,8 @@ class PathKernelCallback(_Callback):
         >>> from pytorch_lightning.demos.boring_classes import BoringModel
         >>> from lightning_pathkernel import PathKernelCallback
         >>> path_kernel = PathKernelCallback(dirpath=tempfile.mkdtemp(), nodes=2, probes=8)
-        >>> off = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False)
-        >>> Trainer(max_steps=4, callbacks=[path_kernel], **off).fit(BoringModel())
+        >>> no = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False)
+        >>> Trainer(max_steps=4, callbacks=[path_kernel], **no).fit(BoringModel())
         >>> path_kernel.machine_dir.name
         'machine'
     """

@@ -37,8 +37,8 @@ class KernelMachineExporter:
         >>> from pytorch_lightning.demos.boring_classes import BoringModel
         >>> from lightning_pathkernel import KernelMachineExporter, PathKernelCallback
         >>> path_kernel = PathKernelCallback(dirpath=tempfile.mkdtemp(), nodes=2, probes=8, export=False)
-        >>> off = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False)
-        >>> Trainer(max_steps=4, callbacks=[path_kernel], **off).fit(BoringModel())
+        >>> no = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False)
+        >>> Trainer(max_steps=4, callbacks=[path_kernel], **no).fit(BoringModel())
         >>> KernelMachineExporter(path_kernel.recording_dir).export(path_kernel.machine_dir).name
         'machine'
     """

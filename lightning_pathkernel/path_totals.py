@@ -52,6 +52,12 @@ class PathTotals:
     def predict(self, x: Any) -> Tensor:
         """The network's outputs rebuilt from the bias and the stored examples, eq. (7), ``[Q, K]``.
 
+        Args:
+            x: Inputs, as in training.
+
+        Returns:
+            Outputs of the machine.
+
         Example:
             >>> import torch
             >>> from lightning_pathkernel.testing import tiny_machine
@@ -62,6 +68,12 @@ class PathTotals:
 
     def bias(self, x: Any) -> Tensor:
         """``b(x)``: the initial model, weight decay and buffers, ``[Q, K]``.
+
+        Args:
+            x: Inputs, as in training.
+
+        Returns:
+            The bias.
 
         Example:
             >>> import torch
@@ -87,6 +99,12 @@ class PathTotals:
 
     def network_outputs(self, x: Any) -> Tensor:
         """Outputs of the network that the machine stands for, at the end of its path, ``[Q, K]``.
+
+        Args:
+            x: Inputs, as in training.
+
+        Returns:
+            Outputs of the network.
 
         Example:
             >>> import torch

@@ -63,7 +63,7 @@ def tiny_machine(
 
 def _linear() -> nn.Linear:
     """Weights of its own, whatever the state of the global generator, which stays as it is."""
-    layer = nn.utils.skip_init(nn.Linear, 2, 3)
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, 2, 3)
     with torch.no_grad():
         layer.weight.copy_(torch.randn(3, 2, generator=torch.Generator().manual_seed(1)))
         layer.bias.zero_()
