@@ -18,7 +18,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_pathkernel import Explanation, KernelMachine, PathKernelCallback
 
@@ -100,7 +100,7 @@ def main() -> int:
     )  # fmt: skip
     trainer.fit(module, DataLoader(training, 64, shuffle=True), DataLoader(validation, 250))
     machine = KernelMachine.load(path_kernel.machine_dir, module)
-    for name, value in machine.fidelity(DataLoader(validation, 250)).items():
+    for name, value in machine.fidelity(DataLoader(Subset(validation, range(125)), 125)).items():
         print(f"  {name:20s} {value:9.4f}")
     x = validation.tensors[0][:4]
     predicted = machine.predict(x).argmax(1)

@@ -2,7 +2,8 @@
 
 Does the architecture carry knowledge of the target? Each kernel of handwritten digits is asked for its alignment with
 the labels, and for the accuracy of a support vector machine on images that neither it nor the network has seen;
-centred kernel alignment compares networks.
+centred kernel alignment compares networks. With a number of seeds as its argument each architecture is trained with
+every one, and nothing is drawn: `examples/kernels.py 5` prints what docs/kernels.md has.
 
 Run it from a bare checkout with `.venv/bin/python examples/kernels.py`, after `make demo` or `make test` have set the
 environment up. Everything it writes goes to `examples/out/kernels`.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -37,8 +39,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 OUT = Path(__file__).parent / "out" / "kernels"
-TRAIN, TEST = 600, 300
-NETWORKS = (("MLP", 0), ("MLP", 1), ("CNN", 0))
+TRAIN, TEST = 400, 200
+NETWORKS = [("MLP", 0), ("MLP", 1), ("CNN", 0)]
 KERNELS = {"tangent, start": ("tangent", 0), "tangent, end": ("tangent", -1), "path": ("path", -1)}
 
 
@@ -70,7 +72,7 @@ class Digits(pl.LightningModule):
 
 
 def load() -> tuple[Tensor, Tensor]:
-    """900 digits ``[n, 1, 8, 8]`` and their labels: 600 to train on, 300 to test."""
+    """600 digits ``[n, 1, 8, 8]`` and their labels: 400 to train on, 200 to test."""
     images, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[: TRAIN + TEST]
     return torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8)[order] / 16, torch.tensor(labels)[order]
@@ -120,15 +122,16 @@ def draw(rows: list[tuple[str, float, float]], alike: dict[str, np.ndarray], nam
 
 
 def main() -> int:
-    """Train three networks and compare their kernels; returns the exit status."""
+    """Train three networks, or more, and compare their kernels; returns the exit status."""
+    networks = NETWORKS if len(sys.argv) < 2 else list(product(("MLP", "CNN"), range(int(sys.argv[1]))))
     shutil.rmtree(OUT, ignore_errors=True)
     x, y = load()
     flat, labels, unseen = x.flatten(1).numpy(), y.numpy(), slice(TRAIN, None)
     grams: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in KERNELS}
     rbf = rbf_kernel(flat, gamma=1 / (flat.shape[1] * flat.var()))
     rows = [("RBF", kernel_target_alignment(torch.tensor(rbf)[unseen, unseen], y[unseen]), svm(rbf, labels))]
-    names = [f"{kind} {seed}" for kind, seed in NETWORKS]
-    for (kind, seed), name in zip(NETWORKS, names, strict=True):
+    names = [f"{kind} {seed}" for kind, seed in networks]
+    for (kind, seed), name in zip(networks, names, strict=True):
         machine, accuracy = train(kind, seed, x, y)
         print(f"{name}: the network itself is right on {accuracy:.3f} of the unseen images")
         for title, (kernel, node) in KERNELS.items():
@@ -148,8 +151,9 @@ def main() -> int:
             f"{names[i]} and {names[j]} {pairs[i][j]:.3f}" for i in range(len(names)) for j in range(i + 1, len(names))
         )
         print(f"CKA, {title}: {shown}")
-    draw(rows, alike, names, OUT / "kernels.png")
-    print(f"\nPicture: {OUT / 'kernels.png'}")
+    if networks == NETWORKS:
+        draw(rows, alike, names, OUT / "kernels.png")
+        print(f"\nPicture: {OUT / 'kernels.png'}")
     return 0
 
 

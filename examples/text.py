@@ -18,7 +18,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_pathkernel import Explanation, KernelMachine, PathKernelCallback
 
@@ -122,7 +122,7 @@ def main() -> int:
     reference = Reference()
     module, path_kernel = train(reference)
     machine = KernelMachine.load(path_kernel.machine_dir, module)
-    for name, value in machine.fidelity(DataLoader(reference.validation, 128)).items():
+    for name, value in machine.fidelity(DataLoader(Subset(reference.validation, range(64)), 64)).items():
         print(f"  {name:20s} {value:9.4f}")
     queries = [0, 1, 2]
     x = reference.validation.tensors[0][queries]

@@ -23,6 +23,7 @@ from lightning_pathkernel.fit_store import ON_STORE_ERROR
 from lightning_pathkernel.identity import BatchRows, IdentityError, TrainingIds
 from lightning_pathkernel.network import ForwardFn
 from lightning_pathkernel.optim import UnsupportedOptimizerError
+from lightning_pathkernel.reporting import log_fit_figures
 from lightning_pathkernel.sketch import SKETCHES
 from lightning_pathkernel.store import ArtifactError, HeldError
 from lightning_pathkernel.trainer_checks import FitError, check_trainer
@@ -88,6 +89,17 @@ class PathKernelCallback(_Callback):
     Raises:
         ValueError: If a number is not positive, or there is no such sketch.
         ModuleNotFoundError: If figures are to be logged and there is no matplotlib.
+
+    Example:
+        >>> import tempfile
+        >>> from pytorch_lightning import Trainer
+        >>> from pytorch_lightning.demos.boring_classes import BoringModel
+        >>> from lightning_pathkernel import PathKernelCallback
+        >>> path_kernel = PathKernelCallback(dirpath=tempfile.mkdtemp(), nodes=2, probes=8)
+        >>> no = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False)
+        >>> Trainer(max_steps=4, callbacks=[path_kernel], **no).fit(BoringModel())
+        >>> path_kernel.machine_dir.name
+        'machine'
     """
 
     def __init__(
@@ -301,21 +313,12 @@ class PathKernelCallback(_Callback):
         if self._session is not None:
             saved = self._session.finish()
             if self.log_figures and trainer.is_global_zero:
-                self._log_figures(trainer, pl_module, self._session.history)
+                log_fit_figures(trainer.loggers, self._session.history, self.machine_dir, pl_module, self.forward_fn)
             self._release(trainer)
             self._saved = saved
             if self.log_artifact and trainer.is_global_zero:
                 for told in upload_machine(self.machine_dir, trainer.loggers, trainer.global_step):
                     rank_zero_info(f"PathKernelCallback: machine uploaded by {told}.")
-
-    def _log_figures(self, trainer: pl.Trainer, module: pl.LightningModule, history: list[dict[str, float]]) -> None:
-        from lightning_pathkernel.machine import KernelMachine
-        from lightning_pathkernel.report.loggers import log_figures
-
-        directory = self.machine_dir
-        found = directory is not None and directory.is_dir()
-        machine = KernelMachine.load(directory, module, self.forward_fn) if directory is not None and found else None
-        log_figures(trainer.loggers, history, machine)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave no hook behind, and a recording that can be exported up to here."""

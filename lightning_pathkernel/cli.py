@@ -29,6 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, 1 for what the command found wanting or could not do, 2 for a wrong call.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_pathkernel.cli import main
+        >>> from lightning_pathkernel.testing import tiny_machine
+        >>> directory = tiny_machine().save(tempfile.mkdtemp())
+        >>> main(["verify", str(directory)])  # doctest: +ELLIPSIS
+        /...: whole, ...
+        sha256 of manifest.json: ...
+        0
     """
     try:
         parser = _parser()

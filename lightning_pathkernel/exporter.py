@@ -30,6 +30,17 @@ class KernelMachineExporter:
 
     Raises:
         ArtifactError: If there is no recording, or a part of it is missing.
+
+    Example:
+        >>> import tempfile
+        >>> from pytorch_lightning import Trainer
+        >>> from pytorch_lightning.demos.boring_classes import BoringModel
+        >>> from lightning_pathkernel import KernelMachineExporter, PathKernelCallback
+        >>> path_kernel = PathKernelCallback(dirpath=tempfile.mkdtemp(), nodes=2, probes=8, export=False)
+        >>> no = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False)
+        >>> Trainer(max_steps=4, callbacks=[path_kernel], **no).fit(BoringModel())
+        >>> KernelMachineExporter(path_kernel.recording_dir).export(path_kernel.machine_dir).name
+        'machine'
     """
 
     def __init__(self, recording_dir: str | Path) -> None:

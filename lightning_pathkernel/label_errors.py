@@ -32,6 +32,13 @@ class LabelErrors:
         example_ids: All ids, ranked, ``[N]``.
         scores: Their scores, falling, ``[N]``; what they mean is said where they were asked for.
         labels: Their labels as given, ``[N]``.
+
+    Example:
+        >>> import torch
+        >>> from lightning_pathkernel.testing import tiny_machine
+        >>> found = tiny_machine().label_errors(torch.tensor([0, 1, 0, 1, 0, 1]))
+        >>> len(found.example_ids), len(found.labels), bool((found.scores.diff() <= 0).all())
+        (6, 6, True)
     """
 
     example_ids: Tensor

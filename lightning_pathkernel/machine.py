@@ -10,28 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_pathkernel import query
 from lightning_pathkernel.artifact import read_machine
 from lightning_pathkernel.artifact_writer import save_machine
+from lightning_pathkernel.attribution import Attribution
 from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.chord_path import ChordPath, HeldPath
-from lightning_pathkernel.explanation import Explanation, OutputFn, joined
-from lightning_pathkernel.ledger import bias
 from lightning_pathkernel.names import merge_names, names_of
-from lightning_pathkernel.network import ForwardFn, take_rows
-from lightning_pathkernel.path_totals import Work
+from lightning_pathkernel.network import ForwardFn
 from lightning_pathkernel.progress import Progress, style_of
-from lightning_pathkernel.query import Question
 from lightning_pathkernel.query_options import QueryOptions
-from lightning_pathkernel.ranking import strongest_contributions
 from lightning_pathkernel.reporting import report
 from lightning_pathkernel.store import Manifest
-from lightning_pathkernel.workshop import Workshop
 
 __all__ = ["KernelMachine"]
 
 
-class KernelMachine(Workshop):
+class KernelMachine(Attribution):
     """A trained network as ``b(x) + sum_i c_i(x)`` over its training examples.
 
     Queries may be on any device, of any number, and come back as answers on the CPU, where the examples' ids are. They
@@ -53,6 +47,16 @@ class KernelMachine(Workshop):
     Raises:
         ValueError: If there are no chords, or a number is not positive.
         ArtifactError: If two chords call one example by different names.
+
+    Example:
+        >>> from lightning_pathkernel.testing import tiny_machine
+        >>> machine = tiny_machine()  # in practice: KernelMachine.load(path_kernel.machine_dir, model)
+        >>> machine
+        KernelMachine(Linear, chords=3)
+        >>> len(machine.path), len(machine.chords), machine.node_steps, machine.example_ids
+        (3, 3, tensor([0, 1, 2, 3]), tensor([0, 1, 2, 3, 4, 5]))
+        >>> machine.dtype, machine.directory, machine.example_names  # of no file, trained without string ids
+        (torch.float32, None, {})
     """
 
     def __init__(
@@ -119,6 +123,15 @@ class KernelMachine(Workshop):
                 or dtypes differ from the manifest's; every difference is named. Of a large artifact, damage within
                 examples and nodes is found when a question first touches it.
             ValueError: If ``expected_sha256`` is no sha256, or a number is not positive.
+
+        Example:
+            >>> import tempfile
+            >>> from torch import nn
+            >>> from lightning_pathkernel import KernelMachine
+            >>> from lightning_pathkernel.testing import tiny_machine
+            >>> directory = tiny_machine().save(tempfile.mkdtemp())
+            >>> KernelMachine.load(directory, nn.Linear(2, 3))
+            KernelMachine(Linear, chords=3)
         """
         private, stored, manifest = read_machine(path, module, expected_sha256)
         placed = private if device is None else private.to(device)
@@ -146,6 +159,12 @@ class KernelMachine(Workshop):
         Raises:
             FileExistsError: If there is something at ``path``; nothing is overwritten.
             OSError: If it cannot be written.
+
+        Example:
+            >>> import tempfile
+            >>> from lightning_pathkernel import verify
+            >>> from lightning_pathkernel.testing import tiny_machine
+            >>> verify(tiny_machine().save(tempfile.mkdtemp()))
         """
         return save_machine(path, self._path, self._network.module, self._manifest)
 
@@ -172,6 +191,11 @@ class KernelMachine(Workshop):
 
         Returns:
             Names, nested as the ids are; ``str(id)`` where the user gave no string.
+
+        Example:
+            >>> from lightning_pathkernel.testing import tiny_machine
+            >>> tiny_machine().names_of([0, 1])
+            ['0', '1']
         """
         return names_of(self.example_names, torch.as_tensor(ids))
 
@@ -186,6 +210,11 @@ class KernelMachine(Workshop):
 
         Returns:
             A machine that shares everything else with this one.
+
+        Example:
+            >>> from lightning_pathkernel.testing import tiny_machine
+            >>> tiny_machine().without([0, 1]).example_ids
+            tensor([2, 3, 4, 5])
         """
         drop = torch.as_tensor(example_ids).reshape(-1)
         machine = self._along(self._path.without(drop))
@@ -220,105 +249,3 @@ class KernelMachine(Workshop):
         return machine
 
     report = report
-
-    # parts
-
-    def contributions(self, x: Any, target: Tensor | None = None, output_fn: OutputFn | None = None) -> Tensor:
-        """``c_i(x)`` for every training example ever visited, ``[Q, N]``, in the order of ``example_ids``.
-
-        Args:
-            x: Queries.
-            target: What is explained of each, ``[Q]``; None for the predicted class, or the only output.
-            output_fn: ``(outputs [n, K], target [n]) -> [n]``; default: the output ``target``.
-
-        Returns:
-            Contributions, in the units of the scalar explained; positive ones speak for it.
-        """
-        target, count, parts = self._targets(x, target), self._count(x), []
-        with self._work("contributions", count, count, count) as work:
-            for part in self._questions(x, target, output_fn):
-                shares = query.shares(self._network, part, work.chords(), self._rules(part.batch, work.chords()))
-                parts.append(self._all_contributions(shares, work))
-        return torch.cat(parts)
-
-    def explain(
-        self,
-        x: Any,
-        target: Tensor | None = None,
-        top_k: int = 10,
-        output_fn: OutputFn | None = None,
-        complete: bool = True,
-    ) -> Explanation:
-        """The training examples most for and most against each prediction, and the ledger of all of it.
-
-        Args:
-            x: Queries.
-            target: As in `contributions`.
-            top_k: Examples on each side.
-            output_fn: As in `contributions`.
-            complete: Correct every contribution by the control variate of docs/theory.md section 4, chord by chord, so
-                that all contributions add up to the ledger's ``examples + sketch``: the ledger's ``sketch`` term is
-                what was shared out. Without it they add up to ``examples``.
-
-        Returns:
-            The explanation.
-        """
-        target, count = self._targets(x, target), self._count(x)
-        with self._work("explain", 2 * count, count, count) as work:
-            return joined(
-                [self._explain(part, top_k, complete, work) for part in self._questions(x, target, output_fn)]
-            )
-
-    def _explain(self, question: Question, top_k: int, complete: bool, work: Work) -> Explanation:
-        rules = self._rules(question.batch, work.chords())
-        terms, gaps = query.ledger(self._network, question, work.chords(), rules)
-        lost = [gap[:, 0] for gap in gaps] if complete else None
-        shares = list(query.shares(self._network, question, work.chords(), rules, lost))
-        ids, contributions = strongest_contributions(shares, top_k, self._options.example_chunk, work.passed)
-        ledger = {name: value[:, 0].cpu() for name, value in terms.items()}
-        return Explanation(bias(ledger) + ledger["examples"], ids, contributions, ledger)
-
-    def coefficients(
-        self, x: Any, x_train: Any, ids: Tensor, target: Tensor, target_train: Tensor | None = None
-    ) -> Tensor:
-        """The paper's ``a_i(x) = c_i(x) / K(x, x_i)``, ``[Q, len(ids)]``; NaN where the kernel is 0.
-
-        Args:
-            x: Queries.
-            x_train: The inputs of the training examples ``ids``, row by row.
-            ids: Their ids.
-            target: Output of each query, ``[Q]``.
-            target_train: Output of each training example in the kernel, ``[len(ids)]``; None for the query's target.
-
-        Returns:
-            The coefficients.
-
-        Raises:
-            KeyError: If an id was never visited in training.
-        """
-        ids, target = torch.as_tensor(ids).cpu(), target.cpu()
-        columns = self._columns(ids)
-        found = self.contributions(x, target)[:, columns]
-        kernel = torch.empty_like(found)
-        for value in target.unique():
-            rows = (target == value).nonzero().flatten()
-            other = torch.full((len(ids),), int(value)) if target_train is None else target_train
-            kernel[rows] = self.kernel(take_rows(x, rows), x_train, target[rows], other)
-        return torch.where(kernel == 0, torch.full_like(found, torch.nan), found / kernel)
-
-    def self_influence(self) -> Tensor:
-        """Each example's contribution to its own loss over training, ``[N]``, in the order of ``example_ids``.
-
-        Negative: training on an example lowers its own loss. Taken in training, visit by visit, as
-        ``-weight * <g_i, D g_i>`` with the gradient ``g_i`` as it reached the optimiser, as far as its chord's sketch
-        keeps it, times the rows of the step, so that with a mean-reduced loss the unit is that of one example's loss.
-        Large magnitudes mark examples that the network had to bend for: rare, hard or mislabelled ones.
-
-        Returns:
-            One number per example.
-        """
-        out = torch.zeros(len(self.example_ids), dtype=torch.float64)
-        for examples in self._path.examples:
-            for ids, values in examples.influences():
-                out.index_add_(0, torch.searchsorted(self.example_ids, ids), values.double())
-        return out.float()

@@ -100,6 +100,14 @@ class KernelMachineFidelity(Metric):
 
         Returns:
             Figure and axis.
+
+        Example:
+            >>> import torch
+            >>> from lightning_pathkernel import KernelMachineFidelity
+            >>> from matplotlib.figure import Figure
+            >>> metric = KernelMachineFidelity()
+            >>> metric.update(torch.ones(4, 2), torch.ones(4, 2), torch.zeros(4, 2))
+            >>> figure, axis = metric.plot(ax=Figure().subplots())
         """
         return self._plot(val, ax)
 
@@ -175,5 +183,13 @@ class KernelMachineAgreement(Metric):
 
         Returns:
             Figure and axis.
+
+        Example:
+            >>> import torch
+            >>> from lightning_pathkernel import KernelMachineAgreement
+            >>> from matplotlib.figure import Figure
+            >>> metric = KernelMachineAgreement()
+            >>> metric.update(torch.eye(2), torch.eye(2))
+            >>> figure, axis = metric.plot(ax=Figure().subplots())
         """
         return self._plot(val, ax)

@@ -80,7 +80,13 @@ class PathTotals:
 
     @property
     def device(self) -> torch.device:
-        """Where queries are asked; answers come back on the CPU."""
+        """Where queries are asked; answers come back on the CPU.
+
+        Example:
+            >>> from lightning_pathkernel.testing import tiny_machine
+            >>> tiny_machine().device
+            device(type='cpu')
+        """
         return self._network.device
 
     @cached_property
@@ -100,11 +106,37 @@ class PathTotals:
         return torch.searchsorted(self.example_ids, wanted)
 
     def predict(self, x: Any) -> Tensor:
-        """The network's outputs rebuilt from the bias and the stored examples, eq. (7), ``[Q, K]``."""
+        """The network's outputs rebuilt from the bias and the stored examples, eq. (7), ``[Q, K]``.
+
+        Args:
+            x: Inputs, as in training.
+
+        Returns:
+            Outputs of the machine.
+
+        Example:
+            >>> import torch
+            >>> from lightning_pathkernel.testing import tiny_machine
+            >>> tiny_machine().predict(torch.eye(2)[:1])
+            tensor([[ 0.6858,  0.0449, -0.4596]])
+        """
         return self._bias_and_prediction("predict", x)[1]
 
     def bias(self, x: Any) -> Tensor:
-        """``b(x)``: the initial model, weight decay and buffers, ``[Q, K]``."""
+        """``b(x)``: the initial model, weight decay and buffers, ``[Q, K]``.
+
+        Args:
+            x: Inputs, as in training.
+
+        Returns:
+            The bias.
+
+        Example:
+            >>> import torch
+            >>> from lightning_pathkernel.testing import tiny_machine
+            >>> tiny_machine().bias(torch.eye(2)[:1])
+            tensor([[ 0.6614,  0.0617, -0.4519]])
+        """
         return self._bias_and_prediction("bias", x)[0]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -127,7 +159,20 @@ class PathTotals:
         return torch.cat([bias for bias, _ in found]), torch.cat([prediction for _, prediction in found])
 
     def network_outputs(self, x: Any) -> Tensor:
-        """Outputs of the network that the machine stands for, at the end of its path, ``[Q, K]``."""
+        """Outputs of the network that the machine stands for, at the end of its path, ``[Q, K]``.
+
+        Args:
+            x: Inputs, as in training.
+
+        Returns:
+            Outputs of the network.
+
+        Example:
+            >>> import torch
+            >>> from lightning_pathkernel.testing import tiny_machine
+            >>> tiny_machine().network_outputs(torch.eye(2)[:1])
+            tensor([[ 0.6858,  0.0449, -0.4596]])
+        """
         return torch.cat([self._end_outputs(part).cpu() for part in self._chunks(x)])
 
     def fidelity(self, dataloader: Iterable[Any]) -> dict[str, float]:
@@ -139,6 +184,13 @@ class PathTotals:
         Returns:
             ``fidelity``, ``agreement`` and the error budget ``error_quadrature``, ``error_sketch`` and
             ``error_unattributed``: norms relative to that of the learned change ``f_T - b``.
+
+        Example:
+            >>> import torch
+            >>> from lightning_pathkernel.testing import tiny_machine
+            >>> found = tiny_machine().fidelity([torch.eye(2)])
+            >>> round(found["fidelity"], 3), found["agreement"]
+            (1.0, 1.0)
         """
         ledgers, outputs = [], []
         batches = len(dataloader) if isinstance(dataloader, Sized) else None

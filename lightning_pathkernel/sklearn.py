@@ -96,6 +96,13 @@ class PathKernel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
 
         Raises:
             ValueError: If there is no machine, no such kernel, or X is no finite numeric matrix.
+
+        Example:
+            >>> import numpy as np
+            >>> from lightning_pathkernel.sklearn import PathKernel
+            >>> from lightning_pathkernel.testing import tiny_machine
+            >>> PathKernel(tiny_machine()).fit(np.eye(2)).n_features_in_
+            2
         """
         self._fitted(X, whole=self.scaled)
         return self
@@ -112,6 +119,14 @@ class PathKernel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
 
         Raises:
             ValueError: As in `fit`.
+
+        Example:
+            >>> import numpy as np
+            >>> from lightning_pathkernel.sklearn import PathKernel
+            >>> from lightning_pathkernel.testing import tiny_machine
+            >>> gram = PathKernel(tiny_machine()).fit_transform(np.eye(2))
+            >>> gram.shape, bool((gram == gram.T).all())
+            ((2, 2), True)
         """
         gram: Array = self._fitted(X, whole=True) / self.scale_
         return gram
@@ -138,6 +153,13 @@ class PathKernel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
 
         Returns:
             The matrix; for the fitted rows themselves, the Gram matrix.
+
+        Example:
+            >>> import numpy as np
+            >>> from lightning_pathkernel.sklearn import PathKernel
+            >>> from lightning_pathkernel.testing import tiny_machine
+            >>> PathKernel(tiny_machine()).fit(np.eye(2)).transform(np.ones((5, 2))).shape
+            (5, 2)
         """
         check_is_fitted(self)
         rows = self._checked(X, reset=False)

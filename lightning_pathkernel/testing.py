@@ -11,12 +11,9 @@ from torch.utils import _pytree as pytree
 
 from lightning_pathkernel.capture import GradientCapture, PerExampleGradient, RowGroup, plan_capture
 from lightning_pathkernel.capture.gradients import DenseGradient
-from lightning_pathkernel.chord import Chord
-from lightning_pathkernel.machine import KernelMachine
-from lightning_pathkernel.network import Network
 from lightning_pathkernel.optim import OptimizerRule, ParameterUpdate, optimizer_rule
-from lightning_pathkernel.recorder import PathRecorder, RecorderSettings
 from lightning_pathkernel.sketch import KroneckerSketch, SideMoments, SketchSettings, fit_sketch
+from lightning_pathkernel.tiny import tiny_machine
 
 __all__ = ["assert_layer_rule", "assert_optimizer_rule", "assert_sketch", "captured_gradients", "tiny_machine"]
 
@@ -34,6 +31,16 @@ def captured_gradients(
 
     Returns:
         Parameter -> ``[n, *shape]`` and parameter -> ``p.grad``; gradients are cleared.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_pathkernel.testing import captured_gradients
+        >>> rows, whole = captured_gradients(nn.Linear(2, 1), (torch.eye(2),), torch.sum, n=2)
+        >>> rows["weight"], whole["weight"]
+        (tensor([[[1., 0.]],
+        <BLANKLINE>
+                [[0., 1.]]]), tensor([[1., 1.]]))
     """
     parts: dict[str, Tensor] = {}
 
@@ -92,6 +99,12 @@ def assert_layer_rule(
 
     Raises:
         AssertionError: Naming the parameter, the index, both values and their ratio.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_pathkernel.testing import assert_layer_rule
+        >>> assert_layer_rule(nn.Conv1d(2, 3, 3), (torch.randn(4, 2, 8),))
     """
     n = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
     double = next(model.parameters()).dtype == torch.float64
@@ -141,6 +154,11 @@ def assert_optimizer_rule(
 
     Raises:
         AssertionError: At the first step that does not fit.
+
+    Example:
+        >>> import torch
+        >>> from lightning_pathkernel.testing import assert_optimizer_rule
+        >>> assert_optimizer_rule(lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1))
     """
     generator = torch.Generator().manual_seed(0)
     followed = [_Followed(i, shape, generator) for i, shape in enumerate([(7,), (3, 2), (4,)])]
@@ -252,6 +270,10 @@ def assert_sketch(kind: str, width: int = 6, exact: bool = True, rtol: float = 1
 
     Raises:
         AssertionError: With the first property that does not hold.
+
+    Example:
+        >>> from lightning_pathkernel.testing import assert_sketch
+        >>> assert_sketch("balanced")
     """
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(d, 2, generator=generator, dtype=torch.float64) for d in (9, 11))
@@ -283,47 +305,3 @@ def _fitted(kind: str, train: Tensor, query: Tensor, width: int, seed: int) -> K
 
 def _products(sketch: KroneckerSketch, query: Tensor, train: Tensor) -> Tensor:
     return sketch.query(DenseGradient(query)) @ sketch.train(DenseGradient(train)).T
-
-
-def tiny_machine(module: nn.Module, x: Tensor | None = None, y: Tensor | None = None, chords: int = 3) -> KernelMachine:
-    """A kernel machine in a fraction of a second, for tests and doctests: a few steps of SGD without a Trainer.
-
-    Every step takes all examples and is a chord; gradients are kept whole.
-
-    Args:
-        module: The network, ``[n, D] -> [n, K]``; it is trained.
-        x: Training inputs, ``[N, D]``, with the ids 0 to N - 1; None for 6 seeded random ones with D = 2.
-        y: Their classes, ``[N]``; None for 0, 1, 0, 1, ...
-        chords: Optimiser steps, with learning rate 0.1.
-
-    Returns:
-        The machine.
-
-    Example:
-        >>> from torch import nn
-        >>> from lightning_pathkernel.testing import tiny_machine
-        >>> tiny_machine(nn.Linear(2, 3)).example_ids
-        tensor([0, 1, 2, 3, 4, 5])
-    """
-    inputs = torch.randn(6, 2, generator=torch.Generator().manual_seed(0)) if x is None else x
-    targets = torch.arange(len(inputs)) % 2 if y is None else y
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    found: list[Chord] = []
-    settings = RecorderSettings(range(chords + 1), 1 << 20, SketchSettings("identity"))
-    recorder = PathRecorder(Network(module, plan_capture(module)), optimizer, settings, None, found.append)
-    recorder.capture.attach()
-    try:
-        for _ in range(chords):
-            recorder.begin_batch(torch.arange(len(inputs)))
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(module(inputs), targets)
-            recorder.before_backward()
-            loss.backward()
-            recorder.after_backward()
-            recorder.before_step()
-            optimizer.step()
-            recorder.after_step()
-            recorder.end_batch()
-    finally:
-        recorder.capture.detach()
-    return KernelMachine(module, found)

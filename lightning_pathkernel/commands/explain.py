@@ -24,18 +24,18 @@ def explain(
     top_k: int = 5,
     json: bool = False,
 ) -> int:
-    """Name the training examples for and against.
+    """Name the training examples behind predictions.
 
-    Each prediction's ledger is told too.
+    Those most for and most against each, and its ledger: where all of the output came from.
 
     Args:
-        directory: The artifact: a directory, or an fsspec URL.
-        inputs: File of a row for each: .npy, .safetensors, .csv.
-        module: The network: `package.Class`, or a function.
-        module_args: Its arguments, as JSON: '{"hidden": 32}'.
-        forward_fn: As in training, if any: `package.function`.
-        target: The explained output; else the predicted class.
-        top_k: Examples on each side.
+        directory: The machine: its directory, or an fsspec URL.
+        inputs: One row per input: .npy, .safetensors or .csv.
+        module: Makes the network: `package.Class` or a function.
+        module_args: Arguments for it, as JSON: '{"hidden": 32}'.
+        forward_fn: `package.function` given in training, if any.
+        target: Output to explain; default: the predicted class.
+        top_k: Examples for and examples against; default: 5.
         json: Print one line of JSON.
 
     Returns:

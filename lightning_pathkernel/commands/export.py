@@ -10,12 +10,12 @@ __all__ = ["export"]
 
 
 def export(recording: str, out: str, row_bits: int = 16) -> int:
-    """Make a machine of a recording, broken off or not.
+    """Make a machine from a recording, finished or not.
 
     Args:
-        recording: The recording's directory: what the callback wrote, `DIRPATH/recording`.
-        out: Where the artifact is to be: a directory that does not exist or is empty, or an fsspec URL.
-        row_bits: Bits of each number kept of an example: 16, or 8 for half the bytes.
+        recording: What the callback wrote in training: `DIRPATH/recording`.
+        out: Where the machine is to be: a new or empty directory, or an fsspec URL.
+        row_bits: Bits of each number kept of an example: 16, the default, or 8 for half the bytes.
 
     Returns:
         The exit status: 0, or 1 if it could not be exported; then nothing is at OUT.

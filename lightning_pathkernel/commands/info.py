@@ -11,10 +11,12 @@ __all__ = ["info"]
 
 
 def info(directory: str, json: bool = False) -> int:
-    """Say what an artifact is of; no tensor is read.
+    """Say what a machine is of: optimiser, steps, settings.
+
+    Reads the manifest and the files' headers, no tensor.
 
     Args:
-        directory: The artifact: a directory, or an fsspec URL.
+        directory: The machine: its directory, or an fsspec URL.
         json: Print one line of JSON.
 
     Returns:

@@ -26,14 +26,14 @@ def predict(
     out: str | None = None,
     json: bool = False,
 ) -> int:
-    """Predict: bias plus the sum of all contributions.
+    """Predict from the machine: bias plus all contributions.
 
     Args:
-        directory: The artifact: a directory, or an fsspec URL.
-        inputs: File of a row for each: .npy, .safetensors, .csv.
-        module: The network: `package.Class`, or a function.
-        module_args: Its arguments, as JSON: '{"hidden": 32}'.
-        forward_fn: As in training, if any: `package.function`.
+        directory: The machine: its directory, or an fsspec URL.
+        inputs: One row per input: .npy, .safetensors or .csv.
+        module: Makes the network: `package.Class` or a function.
+        module_args: Arguments for it, as JSON: '{"hidden": 32}'.
+        forward_fn: `package.function` given in training, if any.
         out: File for the outputs, .npy; not overwritten.
         json: Print one line of JSON.
 

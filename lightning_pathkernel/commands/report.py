@@ -27,21 +27,21 @@ def report(
     labels: str | None = None,
     title: str = "Kernel machine report",
 ) -> int:
-    """Write one self-contained HTML page about a machine.
+    """Write one HTML page about a machine.
 
-    It shows what was logged in training; with a module, examples and suspected label errors too, and with inputs
-    why the machine says what it says of them. What is there already is replaced.
+    DIRECTORY alone gives what was logged in training. --module adds the path and striking examples, --inputs the
+    reasons for what it says of them, --labels suspected label errors. The page loads nothing from elsewhere.
 
     Args:
-        directory: The artifact: a directory, or an fsspec URL.
-        out: The page.
-        module: The network: `package.Class`, or a function.
-        module_args: Its arguments, as JSON: '{"hidden": 32}'.
-        forward_fn: As in training, if any: `package.function`.
-        inputs: To explain, a row for each: .npy, .safetensors, .csv.
-        target: The explained output; else the predicted class.
+        directory: The machine: its directory, or an fsspec URL.
+        out: The page; report.html if not given.
+        module: Makes the network: `package.Class` or a function.
+        module_args: Arguments for it, as JSON: '{"hidden": 32}'.
+        forward_fn: `package.function` given in training, if any.
+        inputs: To explain, one row each: .npy, .safetensors, .csv.
+        target: Output to explain; default: the predicted class.
         examples: File of the training set, a row per id.
-        labels: File of its labels, a whole number per id.
+        labels: File of its labels, an integer per id.
         title: Heading of the page.
 
     Returns:

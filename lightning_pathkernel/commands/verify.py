@@ -9,13 +9,13 @@ __all__ = ["verify"]
 
 
 def verify(directory: str, expected_sha256: str | None = None, json: bool = False) -> int:
-    """Compare every byte of an artifact with its manifest.
+    """Check that a machine is whole: every byte is read.
 
-    Exit status 0 if it is whole, 1 if not: then the first bad file and chunk are named.
+    The exit status is 0 if it is, and 1 if not: then the first bad file and chunk are named.
 
     Args:
-        directory: The artifact: a directory, or an fsspec URL.
-        expected_sha256: The sha256 that manifest.json must have, told by whoever made the artifact.
+        directory: The machine: its directory, or an fsspec URL.
+        expected_sha256: The sha256 that manifest.json must have, as its author told you.
         json: Print one line of JSON.
 
     Returns:

@@ -156,6 +156,14 @@ def plot_path(machine: KernelMachine, ax: Any = None) -> tuple[Any, Any]:
 
     Returns:
         Figure and axis.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> from lightning_pathkernel.report import plot_path
+        >>> from lightning_pathkernel.testing import tiny_machine
+        >>> figure, axis = plot_path(tiny_machine(), ax=Figure().subplots())
+        >>> len(axis.patches)  # chords
+        3
     """
     figure, ax = _axis(ax)
     rows = chord_rows(machine.path)

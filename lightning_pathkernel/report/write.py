@@ -44,6 +44,13 @@ def write_report(
 
     Raises:
         ValueError: If the examples given lack one that the machine was trained on, or an option is out of range.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_pathkernel.report import write_report
+        >>> from lightning_pathkernel.testing import tiny_machine
+        >>> write_report(tiny_machine(), tempfile.mkdtemp() + "/report.html", title="Three steps").name
+        'report.html'
     """
     chosen = ReportOptions(**options)
     manifest = read_manifest(machine.directory).contents if machine.directory is not None else {}
@@ -66,6 +73,14 @@ def report_directory(directory: str | Path, path: str | Path | None = None, titl
 
     Raises:
         ArtifactError: If there is no artifact, or it is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_pathkernel.report import report_directory
+        >>> from lightning_pathkernel.testing import tiny_machine
+        >>> directory = tiny_machine().save(tempfile.mkdtemp() + "/machine")
+        >>> report_directory(directory).name
+        'report.html'
     """
     place = Path(directory)
     manifest, history = read_manifest(place).contents, read_history(place)

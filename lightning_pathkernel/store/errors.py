@@ -19,6 +19,15 @@ class ArtifactError(RuntimeError):
     Attributes:
         file: As given.
         chunk: As given.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_pathkernel import ArtifactError, verify
+        >>> try:
+        ...     verify(tempfile.mkdtemp())  # an empty directory
+        ... except ArtifactError as error:
+        ...     print("no manifest" if "manifest.json" in str(error) else error)
+        no manifest
     """
 
     def __init__(self, message: str, file: str | None = None, chunk: int | None = None) -> None:

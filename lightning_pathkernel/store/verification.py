@@ -20,6 +20,12 @@ def verify(path: str | Path, expected_sha256: str | None = None) -> None:
     Raises:
         ArtifactError: Naming the first bad file, and the first bad chunk of it.
         ValueError: If ``expected_sha256`` is no sha256.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_pathkernel import verify
+        >>> from lightning_pathkernel.testing import tiny_machine
+        >>> verify(tiny_machine().save(tempfile.mkdtemp()))  # says nothing where all is well
     """
     with local_copy(path) as directory:
         read_manifest(directory, expected_sha256).verify()

@@ -181,6 +181,14 @@ def test_the_page_is_never_wider_than_the_screen(visit: Any, width: int) -> None
     assert beyond == []
 
 
+@pytest.mark.parametrize("width", [360, 375, 390])
+def test_a_ranking_of_images_is_not_cut_on_a_phone(visit: Any, width: int) -> None:
+    page = visit(viewport={"width": width, "height": 800}).page
+    table = "document.querySelector('#suspects .scroll')"
+    assert page.evaluate(f"{table}.scrollWidth - {table}.clientWidth") <= 0
+    assert page.evaluate("document.querySelector('.top .facts').offsetWidth") > 0.85 * width
+
+
 def ground(page: Any) -> str:
     return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
 
