@@ -229,7 +229,7 @@ class Workshop(PathTotals, ABC):
         Without inputs, from what the artifact stores: an example is suspicious whose gradients are large and unlike
         those of the examples with the same label, chord by chord (`label_errors.suspicion`). With
         inputs, by the cross-entropy of its label, averaged over the nodes of the path by optimiser steps: the training
-        loss averaged over training, which found more of the wrong labels wherever we measured
+        loss averaged over training, which found more of the wrong labels in nearly every fit that we measured
         (docs/label-errors.md), for networks whose outputs are the logits of classes.
 
         Args:
