@@ -80,7 +80,7 @@ def hsic(kernel: Tensor, other: Tensor, unbiased: bool = False) -> float:
     Raises:
         ValueError: If a matrix is not square or not finite, the sizes differ, or there are too few examples.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_pathkernel.alignment import hsic
         >>> x = torch.tensor([0.0, 1.0, 2.0, 3.0])
@@ -119,7 +119,7 @@ def kernel_target_alignment(kernel: Tensor, target: Tensor, centered: bool = Tru
     Raises:
         ValueError: If the kernel is not square or not finite, or the target does not belong to it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_pathkernel import kernel_target_alignment
         >>> x = torch.tensor([[0.0, 1.0], [0.0, 2.0], [1.0, 0.0], [2.0, 0.0]])
@@ -153,7 +153,7 @@ def centered_kernel_alignment(kernel: Tensor, other: Tensor, unbiased: bool = Fa
     Raises:
         ValueError: As in `hsic`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_pathkernel import centered_kernel_alignment
         >>> x = torch.tensor([[0.0, 1.0], [0.0, 2.0], [1.0, 0.0], [2.0, 0.0]])

@@ -34,7 +34,7 @@ class Attribution(Workshop, ABC):
         Returns:
             Contributions, in the units of the scalar explained; positive ones speak for it.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from lightning_pathkernel.testing import tiny_machine
             >>> tiny_machine().contributions(torch.eye(2)[:1], torch.tensor([0]))
@@ -69,7 +69,7 @@ class Attribution(Workshop, ABC):
         Returns:
             The explanation.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from lightning_pathkernel.testing import tiny_machine
             >>> why = tiny_machine().explain(torch.eye(2), top_k=1)
@@ -111,7 +111,7 @@ class Attribution(Workshop, ABC):
         Raises:
             KeyError: If an id was never visited in training.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from lightning_pathkernel.testing import tiny_machine
             >>> x, ids = torch.eye(2), torch.tensor([3, 5])
@@ -139,7 +139,7 @@ class Attribution(Workshop, ABC):
         Returns:
             One number per example.
 
-        Example:
+        Examples:
             >>> from lightning_pathkernel.testing import tiny_machine
             >>> tiny_machine().self_influence()
             tensor([-0.0334, -0.2241, -0.2611, -0.0472, -0.0798, -0.0422])

@@ -90,7 +90,7 @@ class PathKernelCallback(_Callback):
         ValueError: If a number is not positive, or there is no such sketch.
         ModuleNotFoundError: If figures are to be logged and there is no matplotlib.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from pytorch_lightning import Trainer
         >>> from pytorch_lightning.demos.boring_classes import BoringModel

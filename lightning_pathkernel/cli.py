@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 for what the command found wanting or could not do, 2 for a wrong call.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from lightning_pathkernel.cli import main
         >>> from lightning_pathkernel.testing import tiny_machine

@@ -31,7 +31,7 @@ class Explanation:
         contributions: What each of them adds to the scalar, in its units, ``[Q, 2k]``.
         ledger: Term of docs/theory.md section 5 -> ``[Q]``; the terms add up to the network's own scalar.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_pathkernel.testing import tiny_machine
         >>> machine, x = tiny_machine(), torch.eye(2)[:1]

@@ -31,7 +31,7 @@ class KernelMachineExporter:
     Raises:
         ArtifactError: If there is no recording, or a part of it is missing.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from pytorch_lightning import Trainer
         >>> from pytorch_lightning.demos.boring_classes import BoringModel

@@ -102,7 +102,7 @@ def kernel_machine_fidelity(prediction: Tensor, target: Tensor, baseline: Tensor
     Raises:
         ValueError: If the shapes differ, are neither ``[n, K]`` nor ``[n]``, or have no outputs.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_pathkernel.functional import kernel_machine_fidelity
         >>> prediction = torch.tensor([[2.0, 0.0], [1.0, 4.0]])
@@ -171,7 +171,7 @@ def kernel_machine_agreement(prediction: Tensor, target: Tensor) -> Tensor:
     Raises:
         ValueError: If the shapes differ, are neither ``[n, K]`` nor ``[n]``, or have no outputs.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_pathkernel.functional import kernel_machine_agreement
         >>> prediction = torch.tensor([[2.0, 0.0], [1.0, 4.0], [0.5, 0.4], [0.0, 1.0]])

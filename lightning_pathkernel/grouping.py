@@ -64,7 +64,7 @@ def group_contributions(contributions: Tensor, labels: Tensor, groups: int | Non
     Raises:
         ValueError: If the labels do not belong to the contributions, or one is negative or too large.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_pathkernel import group_contributions
         >>> contributions = torch.tensor([[1.0, -2.0, 0.5, 4.0]])
@@ -98,7 +98,7 @@ def contributions_by_epoch(by_chord: Tensor, node_steps: Tensor, steps_per_epoch
     Raises:
         ValueError: If there is not one node more than chords, or ``steps_per_epoch`` is not positive.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_pathkernel.grouping import contributions_by_epoch
         >>> contributions_by_epoch(torch.tensor([[4.0, 9.0]]), torch.tensor([0, 4, 13]), steps_per_epoch=5)

@@ -33,7 +33,7 @@ class LabelErrors:
         scores: Their scores, falling, ``[N]``; what they mean is said where they were asked for.
         labels: Their labels as given, ``[N]``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_pathkernel.testing import tiny_machine
         >>> found = tiny_machine().label_errors(torch.tensor([0, 1, 0, 1, 0, 1]))
@@ -101,7 +101,7 @@ def isolation(rows: Tensor, labels: Tensor, neighbours: int = NEIGHBOURS) -> Ten
     Returns:
         Between -1 and 1; nan for the only example of a label.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_pathkernel.label_errors import isolation
         >>> rows = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 3.0]])

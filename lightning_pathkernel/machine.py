@@ -48,7 +48,7 @@ class KernelMachine(Attribution):
         ValueError: If there are no chords, or a number is not positive.
         ArtifactError: If two chords call one example by different names.
 
-    Example:
+    Examples:
         >>> from lightning_pathkernel.testing import tiny_machine
         >>> machine = tiny_machine()  # in practice: KernelMachine.load(path_kernel.machine_dir, model)
         >>> machine
@@ -124,7 +124,7 @@ class KernelMachine(Attribution):
                 examples and nodes is found when a question first touches it.
             ValueError: If ``expected_sha256`` is no sha256, or a number is not positive.
 
-        Example:
+        Examples:
             >>> import tempfile
             >>> from torch import nn
             >>> from lightning_pathkernel import KernelMachine
@@ -160,7 +160,7 @@ class KernelMachine(Attribution):
             FileExistsError: If there is something at ``path``; nothing is overwritten.
             OSError: If it cannot be written.
 
-        Example:
+        Examples:
             >>> import tempfile
             >>> from lightning_pathkernel import verify
             >>> from lightning_pathkernel.testing import tiny_machine
@@ -192,7 +192,7 @@ class KernelMachine(Attribution):
         Returns:
             Names, nested as the ids are; ``str(id)`` where the user gave no string.
 
-        Example:
+        Examples:
             >>> from lightning_pathkernel.testing import tiny_machine
             >>> tiny_machine().names_of([0, 1])
             ['0', '1']
@@ -211,7 +211,7 @@ class KernelMachine(Attribution):
         Returns:
             A machine that shares everything else with this one.
 
-        Example:
+        Examples:
             >>> from lightning_pathkernel.testing import tiny_machine
             >>> tiny_machine().without([0, 1]).example_ids
             tensor([2, 3, 4, 5])
@@ -230,7 +230,7 @@ class KernelMachine(Attribution):
         Returns:
             A machine that shares everything else with this one; where the network is there already, the network too.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from torch import nn
             >>> from lightning_pathkernel.testing import tiny_machine

@@ -40,7 +40,7 @@ class KernelMachineFidelity(Metric):
     Args:
         kwargs: Passed on to `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_pathkernel.metrics import KernelMachineFidelity
         >>> fidelity = KernelMachineFidelity()
@@ -101,7 +101,7 @@ class KernelMachineFidelity(Metric):
         Returns:
             Figure and axis.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from lightning_pathkernel import KernelMachineFidelity
             >>> from matplotlib.figure import Figure
@@ -128,7 +128,7 @@ class KernelMachineAgreement(Metric):
     Args:
         kwargs: Passed on to `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_pathkernel.metrics import KernelMachineAgreement
         >>> agreement = KernelMachineAgreement()
@@ -184,7 +184,7 @@ class KernelMachineAgreement(Metric):
         Returns:
             Figure and axis.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from lightning_pathkernel import KernelMachineAgreement
             >>> from matplotlib.figure import Figure

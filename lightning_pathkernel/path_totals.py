@@ -82,7 +82,7 @@ class PathTotals:
     def device(self) -> torch.device:
         """Where queries are asked; answers come back on the CPU.
 
-        Example:
+        Examples:
             >>> from lightning_pathkernel.testing import tiny_machine
             >>> tiny_machine().device
             device(type='cpu')
@@ -114,7 +114,7 @@ class PathTotals:
         Returns:
             Outputs of the machine.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from lightning_pathkernel.testing import tiny_machine
             >>> tiny_machine().predict(torch.eye(2)[:1])
@@ -131,7 +131,7 @@ class PathTotals:
         Returns:
             The bias.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from lightning_pathkernel.testing import tiny_machine
             >>> tiny_machine().bias(torch.eye(2)[:1])
@@ -167,7 +167,7 @@ class PathTotals:
         Returns:
             Outputs of the network.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from lightning_pathkernel.testing import tiny_machine
             >>> tiny_machine().network_outputs(torch.eye(2)[:1])
@@ -185,7 +185,7 @@ class PathTotals:
             ``fidelity``, ``agreement`` and the error budget ``error_quadrature``, ``error_sketch`` and
             ``error_unattributed``: norms relative to that of the learned change ``f_T - b``.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from lightning_pathkernel.testing import tiny_machine
             >>> found = tiny_machine().fidelity([torch.eye(2)])

@@ -33,7 +33,7 @@ def report(self: KernelMachine, path: str | Path, x: Any = None, target: Tensor 
     Raises:
         ValueError: If the examples given lack one that the machine was trained on, or an option is out of range.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> import torch
         >>> from lightning_pathkernel.testing import tiny_machine

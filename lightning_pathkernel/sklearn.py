@@ -53,7 +53,7 @@ class PathKernel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         scale_: What the kernel is divided by.
         n_features_in_: Number of columns of ``fit``'s rows.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from sklearn.pipeline import make_pipeline
         >>> from sklearn.svm import SVC
@@ -97,7 +97,7 @@ class PathKernel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         Raises:
             ValueError: If there is no machine, no such kernel, or X is no finite numeric matrix.
 
-        Example:
+        Examples:
             >>> import numpy as np
             >>> from lightning_pathkernel.sklearn import PathKernel
             >>> from lightning_pathkernel.testing import tiny_machine
@@ -120,7 +120,7 @@ class PathKernel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         Raises:
             ValueError: As in `fit`.
 
-        Example:
+        Examples:
             >>> import numpy as np
             >>> from lightning_pathkernel.sklearn import PathKernel
             >>> from lightning_pathkernel.testing import tiny_machine
@@ -154,7 +154,7 @@ class PathKernel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         Returns:
             The matrix; for the fitted rows themselves, the Gram matrix.
 
-        Example:
+        Examples:
             >>> import numpy as np
             >>> from lightning_pathkernel.sklearn import PathKernel
             >>> from lightning_pathkernel.testing import tiny_machine

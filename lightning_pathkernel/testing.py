@@ -32,7 +32,7 @@ def captured_gradients(
     Returns:
         Parameter -> ``[n, *shape]`` and parameter -> ``p.grad``; gradients are cleared.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from lightning_pathkernel.testing import captured_gradients
@@ -100,7 +100,7 @@ def assert_layer_rule(
     Raises:
         AssertionError: Naming the parameter, the index, both values and their ratio.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from lightning_pathkernel.testing import assert_layer_rule
@@ -155,7 +155,7 @@ def assert_optimizer_rule(
     Raises:
         AssertionError: At the first step that does not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lightning_pathkernel.testing import assert_optimizer_rule
         >>> assert_optimizer_rule(lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1))
@@ -271,7 +271,7 @@ def assert_sketch(kind: str, width: int = 6, exact: bool = True, rtol: float = 1
     Raises:
         AssertionError: With the first property that does not hold.
 
-    Example:
+    Examples:
         >>> from lightning_pathkernel.testing import assert_sketch
         >>> assert_sketch("balanced")
     """

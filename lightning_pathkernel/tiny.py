@@ -31,7 +31,7 @@ def tiny_machine(
     Returns:
         The machine.
 
-    Example:
+    Examples:
         >>> from lightning_pathkernel.testing import tiny_machine
         >>> tiny_machine().example_ids
         tensor([0, 1, 2, 3, 4, 5])

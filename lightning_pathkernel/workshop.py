@@ -71,7 +71,7 @@ class Workshop(PathTotals, ABC):
         Raises:
             ValueError: If only one of the two targets is given, or one does not fit its queries.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from torch import nn
             >>> from lightning_pathkernel.testing import tiny_machine
@@ -125,7 +125,7 @@ class Workshop(PathTotals, ABC):
             ValueError: As in `kernel`.
             IndexError: If there is no such node.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from torch import nn
             >>> from lightning_pathkernel.testing import tiny_machine
@@ -163,7 +163,7 @@ class Workshop(PathTotals, ABC):
         Raises:
             ValueError: If there is not one integer for each example.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from torch import nn
             >>> from lightning_pathkernel.testing import tiny_machine
@@ -199,7 +199,7 @@ class Workshop(PathTotals, ABC):
         Raises:
             KeyError: If an id was never visited in training.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from torch import nn
             >>> from lightning_pathkernel.testing import tiny_machine
@@ -243,7 +243,7 @@ class Workshop(PathTotals, ABC):
         Raises:
             ValueError: If there is not one label, or one input, for each example, or a label is no output.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from torch import nn
             >>> from lightning_pathkernel.testing import tiny_machine

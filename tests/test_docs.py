@@ -89,6 +89,12 @@ def test_every_public_name_has_a_doctest(name: str) -> None:
     assert own or (of_class and not needs_its_own), f"{name}: no >>> in its docstring"
 
 
+def test_doctests_stand_where_the_reference_shows_them_as_code() -> None:
+    """mkdocstrings takes a section called Example for prose, in which `>>>` is a quotation."""
+    for path in Path(lightning_pathkernel.__file__).parent.rglob("*.py"):
+        assert not re.search(r"^ *Example:$", path.read_text(encoding="utf-8"), re.MULTILINE), f"{path.name}: Examples:"
+
+
 def test_the_reference_has_every_public_name_and_nothing_that_is_not_there() -> None:
     listed = set(re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE))
     assert set(PUBLIC) - listed == set(), "not in docs/api.md"

@@ -88,7 +88,7 @@ def plot_fidelity(history: History, ax: Any = None) -> tuple[Any, Any]:
     Returns:
         Figure and axis.
 
-    Example:
+    Examples:
         >>> from matplotlib.figure import Figure  # in a notebook leave ax out
         >>> from lightning_pathkernel.report import plot_fidelity
         >>> history = [{"step": 50, "fidelity": 0.97}, {"step": 100, "fidelity": 0.99}]
@@ -112,7 +112,7 @@ def plot_error_budget(history: History, ax: Any = None) -> tuple[Any, Any]:
     Returns:
         Figure and axis.
 
-    Example:
+    Examples:
         >>> from matplotlib.figure import Figure
         >>> from lightning_pathkernel.report import plot_error_budget
         >>> figure, ax = plot_error_budget([{"step": 50, "error_sketch": 0.03}], ax=Figure().subplots())
@@ -135,7 +135,7 @@ def plot_kernel_velocity(history: History, ax: Any = None) -> tuple[Any, Any]:
     Returns:
         Figure and axis.
 
-    Example:
+    Examples:
         >>> from matplotlib.figure import Figure
         >>> from lightning_pathkernel.report import plot_kernel_velocity
         >>> figure, ax = plot_kernel_velocity([{"step": 50, "kernel_velocity": 0.1}], ax=Figure().subplots())
@@ -157,7 +157,7 @@ def plot_path(machine: KernelMachine, ax: Any = None) -> tuple[Any, Any]:
     Returns:
         Figure and axis.
 
-    Example:
+    Examples:
         >>> from matplotlib.figure import Figure
         >>> from lightning_pathkernel.report import plot_path
         >>> from lightning_pathkernel.testing import tiny_machine
@@ -191,7 +191,7 @@ def plot_ledger(
     Returns:
         Figure and axis.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from matplotlib.figure import Figure
         >>> from lightning_pathkernel import Explanation
@@ -248,7 +248,7 @@ def plot_examples(
     Returns:
         Figure and axis.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from matplotlib.figure import Figure
         >>> from lightning_pathkernel import Explanation
@@ -315,7 +315,7 @@ def plot_class_heatmap(
     Returns:
         Figure and axis.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from matplotlib.figure import Figure
         >>> from lightning_pathkernel.report import plot_class_heatmap

@@ -115,7 +115,7 @@ def read_history(directory: str | Path) -> list[dict[str, float | None]]:
     Raises:
         ArtifactError: If its ``metrics.json`` is malformed.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from lightning_pathkernel.report import read_history
         >>> read_history(tempfile.mkdtemp())  # nothing was logged

@@ -26,7 +26,7 @@ def log_figures(loggers: Iterable[Any], history: History, machine: KernelMachine
     Returns:
         Names of the classes of those that got the figures.
 
-    Example:
+    Examples:
         >>> from lightning_pathkernel.report import log_figures
         >>> log_figures([], [{"step": 50, "fidelity": 0.97}])
         []

@@ -39,7 +39,7 @@ class ReportOptions:
     Raises:
         ValueError: If a number is not positive.
 
-    Example:
+    Examples:
         >>> from lightning_pathkernel.report import ReportOptions
         >>> ReportOptions(class_names=["cat", "dog"], top_k=3).max_queries
         12

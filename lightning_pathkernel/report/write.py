@@ -45,7 +45,7 @@ def write_report(
     Raises:
         ValueError: If the examples given lack one that the machine was trained on, or an option is out of range.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from lightning_pathkernel.report import write_report
         >>> from lightning_pathkernel.testing import tiny_machine
@@ -74,7 +74,7 @@ def report_directory(directory: str | Path, path: str | Path | None = None, titl
     Raises:
         ArtifactError: If there is no artifact, or it is damaged.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from lightning_pathkernel.report import report_directory
         >>> from lightning_pathkernel.testing import tiny_machine

@@ -20,7 +20,7 @@ class ArtifactError(RuntimeError):
         file: As given.
         chunk: As given.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from lightning_pathkernel import ArtifactError, verify
         >>> try:

@@ -21,7 +21,7 @@ def verify(path: str | Path, expected_sha256: str | None = None) -> None:
         ArtifactError: Naming the first bad file, and the first bad chunk of it.
         ValueError: If ``expected_sha256`` is no sha256.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from lightning_pathkernel import verify
         >>> from lightning_pathkernel.testing import tiny_machine
