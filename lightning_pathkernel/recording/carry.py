@@ -39,8 +39,8 @@ def reexpress(
     """Bring some parameters' carried features into the open chord's basis.
 
     Each row is re-expressed through the subspace its old basis kept. What that loses of their sum, which is known
-    exactly from the optimiser's buffer, is shared out by a control variate: row i gets the part
-    ``<h z_i, Z> / |Z|^2`` of it, ``Z`` the sum of all rows.
+    exactly from the optimiser's buffer, is shared out in proportion to the rows' shares of it: of all corrections
+    that restore the sum the smallest one.
 
     Args:
         steps: Carried steps, changed in place.
@@ -57,16 +57,14 @@ def reexpress(
         rows = sketch.reexpress(before, new[name])
         if name in momentum:
             each = torch.from_numpy(np.repeat(shares[name], counts)).to(rows)
-            rows = _complete(rows, each.unsqueeze(1), new[name].train_matrix(momentum[name]), ranks)
+            rows = _complete(rows, each, new[name].train_matrix(momentum[name]), ranks)
         for part, found in zip(parts, rows.split([len(part.ids) for part in parts]), strict=True):
             part.parts[name] = found
 
 
 def _complete(rows: Tensor, shares: Tensor, wanted: Tensor, ranks: Ranks) -> Tensor:
-    """Correct ``rows`` so that ``sum_i share_i row_i`` is ``wanted``."""
-    held = rows * shares
-    total = ranks.total(held.sum(0))
-    gamma = held @ total / (total @ total).clamp_min(1e-30)
-    share = shares[:, 0]
-    gamma = torch.where(share == 0, torch.zeros_like(gamma), gamma / torch.where(share == 0, 1, share))
-    return rows + gamma.unsqueeze(1) * (wanted - total)
+    """Correct ``rows [n, k]`` by least squares so that ``sum_i shares_i rows_i`` is ``wanted [k]``."""
+    # not in proportion to <row, sum>, as a control variate would: few features' sum may all but cancel, and what is
+    # missing is not made of what is there; rows came out a thousand times too large (docs/sketches.md)
+    missing = wanted - ranks.total(shares @ rows)
+    return rows + torch.outer(shares / ranks.total(shares @ shares).clamp_min(1e-30), missing)

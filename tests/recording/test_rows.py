@@ -217,3 +217,17 @@ def test_rows_carried_over_add_up_to_the_momentum() -> None:
         gone = visits[:, j] == 0
         torch.testing.assert_close(found[j][gone], plain[j][gone])
         assert not torch.equal(found[j][~gone], plain[j][~gone])
+
+
+def test_rows_carried_over_stay_small_where_their_sum_cancels() -> None:
+    """What is missing of a sum is not made of what is there: a correction in proportion to it would have no bound."""
+    arena = Arena(64)
+    old, new = (KroneckerSketch(1, 2, None, factor, None, factor) for factor in (torch.eye(2)[:1], torch.eye(2)))
+    rows = torch.tensor([1.0, -1.0, 3.0, -3.0 + 1e-6])
+    uses = {"w": [DenseGradient(torch.stack([rows, torch.zeros(4)], dim=1).unsqueeze(1))]}
+    steps = carried_steps([RecordedStep([added(arena, {"w": old}, uses, 4)])], {"w": old})
+    shares, wanted = np.array([0.5]), torch.tensor([[1e-6, 0.2]])
+    reexpress(steps, {"w": shares}, {"w": wanted}, {"w": old}, {"w": new}, Ranks())
+    found = steps[0].parts[0].features({"w": new})
+    torch.testing.assert_close(0.5 * found.sum(0), wanted[0])
+    torch.testing.assert_close(found, torch.stack([rows, torch.full((4,), 0.1)], dim=1))
