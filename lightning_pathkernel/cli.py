@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -50,10 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as asked:  # --help, or a wrong call, which was told
         return asked.code if isinstance(asked.code, int) else 2
     try:
-        return COMMANDS[chosen.subcommand](**chosen[chosen.subcommand].as_dict())
+        status = COMMANDS[chosen.subcommand](**chosen[chosen.subcommand].as_dict())
+        sys.stdout.flush()
+        return status
     except (ValueError, ImportError) as error:  # an argument's value; a driver for a kind of URL
         print(f"pathkernel {chosen.subcommand}: {printable(str(error))}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the answer, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
+        return 1
     except OSError as error:
         print(f"pathkernel {chosen.subcommand}: {printable(str(error))}", file=sys.stderr)
         return 1

@@ -30,14 +30,15 @@ class Explanation:
         example_ids: Training examples most for it, strongest first, then most against it, strongest first, ``[Q, 2k]``.
         contributions: What each of them adds to the scalar, in its units, ``[Q, 2k]``.
         ledger: Term of docs/theory.md section 5 -> ``[Q]``; the terms add up to the network's own scalar.
+        target: Which output of each query is explained, ``[Q]``; what an output function made of it, if one was given.
 
     Examples:
         >>> import torch
         >>> from lightning_pathkernel.testing import tiny_machine
         >>> machine, x = tiny_machine(), torch.eye(2)[:1]
         >>> why = machine.explain(x, top_k=1)
-        >>> why.prediction, why.example_ids, why.contributions
-        (tensor([0.6858]), tensor([[0, 3]]), tensor([[ 0.0451, -0.0276]]))
+        >>> why.target, why.prediction, why.example_ids, why.contributions
+        (tensor([1]), tensor([0.6858]), tensor([[0, 3]]), tensor([[ 0.0451, -0.0276]]))
         >>> list(why.ledger)
         ['initial', 'examples', 'decay', 'buffers', 'quadrature', 'sketch', 'unattributed']
         >>> bool(torch.isclose(sum(why.ledger.values()), machine.network_outputs(x).max()))
@@ -48,6 +49,7 @@ class Explanation:
     example_ids: Tensor
     contributions: Tensor
     ledger: dict[str, Tensor]
+    target: Tensor
 
 
 def joined(pieces: Sequence[Explanation]) -> Explanation:
@@ -58,6 +60,7 @@ def joined(pieces: Sequence[Explanation]) -> Explanation:
         torch.cat([p.example_ids for p in pieces]),
         torch.cat([p.contributions for p in pieces]),
         ledger,
+        torch.cat([p.target for p in pieces]),
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +75,7 @@ def test_explanations_are_the_machines(
     status, out, _ = called(capsys, "explain", GOLDEN, inputs, *MODULE, "--top-k", 2, "--json", *given)
     assert status == 0
     for i, query in enumerate(json.loads(out)["queries"]):
+        assert query["target"] == int(why.target[i])
         assert query["prediction"] == pytest.approx(float(why.prediction[i]))
         assert query["ledger"] == pytest.approx({name: float(v[i]) for name, v in why.ledger.items()}, abs=1e-6)
         shares = query["for"] + query["against"]
@@ -82,6 +85,7 @@ def test_explanations_are_the_machines(
     text = called(capsys, "explain", GOLDEN, inputs, *MODULE, "--top-k", 2, *given)[1]
     assert machine.names_of(why.example_ids[0])[0] in text
     assert "unattributed" in text
+    assert f"query 2, output {int(why.target[2])}: " in text
 
 
 @pytest.mark.parametrize(
@@ -104,6 +108,8 @@ def test_explanations_are_the_machines(
         (("two.safetensors", *MODULE), 2, "none is called x"),
         (("x.npy", *MODULE, "--target", "[0, 1]"), 2, "2 given for 3 inputs"),
         (("x.npy", *MODULE, "--top-k", "0"), 2, "at least 1, found 0"),
+        (("x.npy", *MODULE, "--device", "nowhere"), 2, "--device nowhere: "),
+        (("x.npy", *MODULE, "--device", "xla"), 2, "--device xla: "),
     ],
 )
 def test_what_is_wrong_is_said(
@@ -117,6 +123,29 @@ def test_what_is_wrong_is_said(
     found, _, err = called(capsys, "explain", GOLDEN, *arguments)
     assert found == status
     assert said in err
+
+
+@pytest.mark.parametrize("command", ["predict", "explain"])
+def test_the_device_asked_for_is_the_networks(
+    command: str, x: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    load = KernelMachine.load
+    monkeypatch.setattr(KernelMachine, "load", lambda *args, device: asked.append(device) or load(*args, device=device))
+    inputs = written(x, tmp_path / "x.npy")
+    plain = called(capsys, command, GOLDEN, inputs, *MODULE)
+    assert plain == called(capsys, command, GOLDEN, inputs, *MODULE, "--device", "cpu")
+    assert asked == [None, torch.device("cpu")]
+
+
+def test_a_reader_that_has_had_enough_is_no_error() -> None:
+    command = [sys.executable, "-m", "lightning_pathkernel", "info", str(GOLDEN)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
 
 
 def test_a_report_of_what_was_logged_and_one_of_the_machine(

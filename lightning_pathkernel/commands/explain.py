@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning_pathkernel import store
 from lightning_pathkernel.commands.answer import answer, told
-from lightning_pathkernel.commands.inputs import find_forward, make_module, read_inputs, read_targets
+from lightning_pathkernel.commands.inputs import find_device, find_forward, make_module, read_inputs, read_targets
 from lightning_pathkernel.explanation import Explanation
 from lightning_pathkernel.machine import KernelMachine
 
@@ -20,6 +20,7 @@ def explain(
     module: str,
     module_args: dict[str, Any] | None = None,
     forward_fn: str | None = None,
+    device: str | None = None,
     target: int | list[int] | None = None,
     top_k: int = 5,
     json: bool = False,
@@ -34,6 +35,7 @@ def explain(
         module: Makes the network: `package.Class` or a function.
         module_args: Arguments for it, as JSON: '{"hidden": 32}'.
         forward_fn: `package.function` given in training, if any.
+        device: Where the network runs, such as cuda; default: cpu.
         target: Output to explain; default: the predicted class.
         top_k: Examples for and examples against; default: 5.
         json: Print one line of JSON.
@@ -46,9 +48,9 @@ def explain(
     """
     if top_k < 1:
         raise ValueError(f"--top-k must be at least 1, found {top_k}")
-    network, function = make_module(module, module_args), find_forward(forward_fn)
+    network, function, place = make_module(module, module_args), find_forward(forward_fn), find_device(device)
     try:
-        machine = KernelMachine.load(directory, network, function)
+        machine = KernelMachine.load(directory, network, function, device=place)
         x = read_inputs(inputs, network)
         why = machine.explain(x, target=read_targets(target, len(x)), top_k=top_k)
         found = [_query(machine, why, i) for i in range(len(x))]
@@ -66,6 +68,7 @@ def _query(machine: KernelMachine, why: Explanation, i: int) -> dict[str, Any]:
     half = len(shares) // 2
     return {
         "query": i,
+        "target": int(why.target[i]),
         "prediction": float(why.prediction[i]),
         "ledger": {term: float(value[i]) for term, value in why.ledger.items()},
         "for": shares[:half],
@@ -74,7 +77,7 @@ def _query(machine: KernelMachine, why: Explanation, i: int) -> dict[str, Any]:
 
 
 def _told(query: dict[str, Any]) -> str:
-    lines = [f"query {query['query']}: {query['prediction']:.6g}"]
+    lines = [f"query {query['query']}, output {query['target']}: {query['prediction']:.6g}"]
     lines += [f"  {term:14}{value:+.6g}" for term, value in query["ledger"].items()]
     for side in ("for", "against"):
         lines += [f"  {side:14}{share['contribution']:+.6g}  {share['name']}" for share in query[side]]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_pathkernel.network import ForwardFn
 
-__all__ = ["find_forward", "make_module", "read_inputs", "read_targets"]
+__all__ = ["find_device", "find_forward", "make_module", "read_inputs", "read_targets"]
 
 _KINDS = ".npy (one array), .safetensors (one tensor, or one called x), .csv (numbers, a row per input)"
 
@@ -55,6 +55,26 @@ def find_forward(name: str | None) -> ForwardFn | None:
     """
     found: ForwardFn | None = None if name is None else _named("--forward-fn", name)
     return found
+
+
+def find_device(name: str | None) -> torch.device | None:
+    """The device that the command line names.
+
+    Args:
+        name: Such as ``cuda`` or ``cuda:1``, or None.
+
+    Returns:
+        The device, or None.
+
+    Raises:
+        ValueError: If this machine has no such device.
+    """
+    if name is None:
+        return None
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no one class for it
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
 def _named(option: str, name: str) -> Any:

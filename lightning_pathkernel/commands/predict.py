@@ -10,7 +10,7 @@ import numpy as np
 
 from lightning_pathkernel import store
 from lightning_pathkernel.commands.answer import answer, told
-from lightning_pathkernel.commands.inputs import find_forward, make_module, read_inputs
+from lightning_pathkernel.commands.inputs import find_device, find_forward, make_module, read_inputs
 from lightning_pathkernel.machine import KernelMachine
 
 __all__ = ["predict"]
@@ -23,6 +23,7 @@ def predict(
     module: str,
     module_args: dict[str, Any] | None = None,
     forward_fn: str | None = None,
+    device: str | None = None,
     out: str | None = None,
     json: bool = False,
 ) -> int:
@@ -34,15 +35,16 @@ def predict(
         module: Makes the network: `package.Class` or a function.
         module_args: Arguments for it, as JSON: '{"hidden": 32}'.
         forward_fn: `package.function` given in training, if any.
+        device: Where the network runs, such as cuda; default: cpu.
         out: File for the outputs, .npy; not overwritten.
         json: Print one line of JSON.
 
     Returns:
         The exit status: 0, or 1 if the artifact is damaged or of another module.
     """
-    network, function = make_module(module, module_args), find_forward(forward_fn)
+    network, function, place = make_module(module, module_args), find_forward(forward_fn), find_device(device)
     try:
-        machine = KernelMachine.load(directory, network, function)
+        machine = KernelMachine.load(directory, network, function, device=place)
         outputs = machine.predict(read_inputs(inputs, network))
     except store.ArtifactError as error:
         return answer({"ok": False, "error": str(error)}, told(directory, error), json, status=1)

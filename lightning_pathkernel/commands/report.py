@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_pathkernel import store
 from lightning_pathkernel.commands.answer import answer, told
-from lightning_pathkernel.commands.inputs import find_forward, make_module, read_inputs, read_targets
+from lightning_pathkernel.commands.inputs import find_device, find_forward, make_module, read_inputs, read_targets
 from lightning_pathkernel.machine import KernelMachine
 from lightning_pathkernel.report import report_directory, write_report
 
@@ -21,6 +21,7 @@ def report(
     module: str | None = None,
     module_args: dict[str, Any] | None = None,
     forward_fn: str | None = None,
+    device: str | None = None,
     inputs: str | None = None,
     target: int | list[int] | None = None,
     examples: str | None = None,
@@ -38,6 +39,7 @@ def report(
         module: Makes the network: `package.Class` or a function.
         module_args: Arguments for it, as JSON: '{"hidden": 32}'.
         forward_fn: `package.function` given in training, if any.
+        device: Where the network runs, such as cuda; default: cpu.
         inputs: To explain, one row each: .npy, .safetensors, .csv.
         target: Output to explain; default: the predicted class.
         examples: File of the training set, a row per id.
@@ -58,8 +60,8 @@ def report(
         if module is None:
             with store.local_copy(directory) as path:
                 return answer({}, str(report_directory(path, Path(out), title)), False)
-        network, function = make_module(module, module_args), find_forward(forward_fn)
-        machine = KernelMachine.load(directory, network, function)
+        network, function, place = make_module(module, module_args), find_forward(forward_fn), find_device(device)
+        machine = KernelMachine.load(directory, network, function, device=place)
         x = None if inputs is None else read_inputs(inputs, network)
         chosen = None if x is None else read_targets(target, len(x))
         shown = {

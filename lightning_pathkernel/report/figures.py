@@ -199,7 +199,8 @@ def plot_ledger(
         >>> ledger = {"initial": 0.1, "decay": -0.2, "buffers": 0.0, "examples": 4.0, "quadrature": 0.0, "sketch": 0.1,
         ...           "unattributed": 0.0}
         >>> ledger = {name: torch.tensor([value]) for name, value in ledger.items()}
-        >>> why = Explanation(torch.tensor([3.9]), torch.tensor([[7, 3]]), torch.tensor([[4.5, -0.5]]), ledger)
+        >>> ids, shares, target = torch.tensor([[7, 3]]), torch.tensor([[4.5, -0.5]]), torch.tensor([0])
+        >>> why = Explanation(torch.tensor([3.9]), ids, shares, ledger, target)
         >>> figure, ax = plot_ledger(why, ax=Figure().subplots())
         >>> round(float(ax.patches[-1].get_width()), 3)  # the network's output
         4.0
@@ -253,7 +254,8 @@ def plot_examples(
         >>> from matplotlib.figure import Figure
         >>> from lightning_pathkernel import Explanation
         >>> from lightning_pathkernel.report import plot_examples
-        >>> why = Explanation(torch.tensor([3.9]), torch.tensor([[1, 0]]), torch.tensor([[4.5, -0.5]]), {})
+        >>> ids, shares, target = torch.tensor([[1, 0]]), torch.tensor([[4.5, -0.5]]), torch.tensor([0])
+        >>> why = Explanation(torch.tensor([3.9]), ids, shares, {}, target)
         >>> figure, ax = plot_examples(why, ["a cat", "a dog"], labels=["cat", "dog"], ax=Figure().subplots())
         >>> [text.get_text() for text in ax.get_yticklabels()]
         ['1 (dog)', '0 (cat)']
