@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -175,11 +175,11 @@ class PathTotals:
         """
         return torch.cat([self._end_outputs(part).cpu() for part in self._chunks(x)])
 
-    def fidelity(self, dataloader: Iterable[Any]) -> dict[str, float]:
+    def fidelity(self, dataloader: Iterable[Any] | Tensor | Mapping[str, Any]) -> dict[str, float]:
         """How well the machine reproduces its network on batches of inputs.
 
         Args:
-            dataloader: Batches as in validation.
+            dataloader: Batches as in validation; a tensor or a mapping is one batch.
 
         Returns:
             ``fidelity``, ``agreement`` and the error budget ``error_quadrature``, ``error_sketch`` and
@@ -193,6 +193,8 @@ class PathTotals:
             (1.0, 1.0)
         """
         ledgers, outputs = [], []
+        if isinstance(dataloader, Tensor | Mapping):  # which would be gone through row by row, or key by key
+            dataloader = [dataloader]
         batches = len(dataloader) if isinstance(dataloader, Sized) else None
         with self._work("fidelity", batches, batches) as work:
             for batch in dataloader:

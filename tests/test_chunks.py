@@ -60,6 +60,7 @@ QUESTIONS: dict[str, Callable[[KernelMachine], Any]] = {
     "coefficients": lambda m: m.coefficients(x(), digits()[0].tensors[0][:5], m.example_ids[:5], target()),
     "self-influence": lambda m: m.self_influence(),
     "fidelity": lambda m: m.fidelity([x()[:7], x()[7:]]),
+    "fidelity of one batch": lambda m: m.fidelity(x()),
     "label errors": lambda m: m.label_errors(torch.arange(len(m.example_ids)) % 10).scores,
 }
 
