@@ -38,7 +38,7 @@ class Explanation:
         >>> machine, x = tiny_machine(), torch.eye(2)[:1]
         >>> why = machine.explain(x, top_k=1)
         >>> why.target, why.prediction, why.example_ids, why.contributions
-        (tensor([1]), tensor([0.6858]), tensor([[0, 3]]), tensor([[ 0.0451, -0.0276]]))
+        (tensor([0]), tensor([0.6858]), tensor([[0, 3]]), tensor([[ 0.0451, -0.0276]]))
         >>> list(why.ledger)
         ['initial', 'examples', 'decay', 'buffers', 'quadrature', 'sketch', 'unattributed']
         >>> bool(torch.isclose(sum(why.ledger.values()), machine.network_outputs(x).max()))
