@@ -38,7 +38,8 @@ def _facts(manifest: store.Manifest) -> dict[str, Any]:
     contents = manifest.contents
     heads = [store.TensorFile(manifest.files[name]) for name in contents["chords"]]
     last = store.facts_of(heads[-1])
-    shapes = [head.entries["rows/rows"].shape for head in heads if "rows/rows" in head.entries]
+    rows = [head.entries["rows/rows"] for head in heads if "rows/rows" in head.entries]
+    shapes = [entry.shape for entry in rows]
     parameters = contents["module"]["parameters"]
     trainable = [facts["shape"] for facts in parameters.values() if facts["trainable"]]
     settings = contents.get("settings")
@@ -53,6 +54,7 @@ def _facts(manifest: store.Manifest) -> dict[str, Any]:
         "chords": len(heads),
         "examples_of_the_largest_chord": max((shape[0] for shape in shapes if shape), default=0),
         "numbers_per_example_and_chord": max((shape[1] for shape in shapes if len(shape) > 1), default=0),
+        "bits_per_number": sorted({8 * entry.dtype.itemsize for entry in rows}),
         "parameters": len(parameters),
         "trainable_parameters": len(trainable),
         "left_out": contents.get("left_out", 0),

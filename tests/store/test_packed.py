@@ -32,16 +32,22 @@ def plain_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return record(tmp_path_factory.mktemp("plain"), plain())
 
 
-def machines(run: Path, make: Callable[[], Classifier] = network) -> tuple[KernelMachine, KernelMachine]:
+def machines(
+    run: Path, make: Callable[[], Classifier] = network, machine: Path | None = None
+) -> tuple[KernelMachine, KernelMachine]:
     """As recorded and as loaded."""
-    loaded = KernelMachine.load(run / "machine", make())
+    loaded = KernelMachine.load(machine or run / "machine", make())
     module = make()
     module.load_state_dict(loaded._network.module.state_dict())
     return KernelMachine(module, [read_chord(recorded(run / "recording", i)) for i in range(4)]), loaded
 
 
-def test_the_network_is_the_same_to_the_last_bit_and_predictions_nearly(plain_run: Path) -> None:
-    recorded, loaded = machines(plain_run, plain)
+@pytest.mark.parametrize(("bits", "least"), [(16, 0.99999), (8, 0.997)])
+def test_the_network_is_the_same_to_the_last_bit_and_predictions_nearly(
+    bits: int, least: float, plain_run: Path, tmp_path: Path
+) -> None:
+    machine = KernelMachineExporter(plain_run / "recording").export(tmp_path / "machine", row_bits=bits)
+    recorded, loaded = machines(plain_run, plain, machine)
     x, y = digits()[1].tensors
     assert torch.equal(recorded.network_outputs(x), loaded.network_outputs(x))
     assert torch.equal(recorded.example_ids, loaded.example_ids)
@@ -52,7 +58,7 @@ def test_the_network_is_the_same_to_the_last_bit_and_predictions_nearly(plain_ru
         assert apart < 1e-2, (ask.__name__, apart)
     pairs = zip(recorded.contributions(x[:20], y[:20]), loaded.contributions(x[:20], y[:20]), strict=True)
     alike = min(float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in pairs)
-    assert alike > 0.9999, alike
+    assert alike > least, alike
 
 
 @pytest.mark.parametrize("changed", [False, True])
