@@ -32,6 +32,8 @@ __all__ = ["OpenChord", "compressed"]
 _log = logging.getLogger(__name__)
 _OUTSIDE = 0.02
 """Share of a displacement by which rows may miss it, by rounding and the momentum of steps long past."""
+_NAMED = 8
+"""Parameters that a warning names."""
 _FOLD = 1 << 24
 """Numbers kept of single visits, beyond which those whose weights are final are added up by example."""
 
@@ -288,12 +290,14 @@ class OpenChord:
             return
         self._warned = True
         share = float(torch.cat(list(found.values())).norm()) / max(wanted, 1e-30)
+        names = [repr(name) for name in found]
+        names[_NAMED:] = [f"{len(names) - _NAMED} more"] if len(names) > _NAMED else []
         _log.warning(
             "between optimiser step %d and the next node %s moved otherwise than the recorded gradients say (weights "
             "changed by hand, or gradients that no hook saw): %.1f %% of the chord's sketched displacement is left "
             "unattributed.",
             self.first_step,
-            ", ".join(map(repr, found)),
+            ", ".join(names),
             100 * share,
         )
 
