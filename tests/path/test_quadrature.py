@@ -67,7 +67,8 @@ def test_integrate_reaches_its_tolerance_for_every_row_and_its_estimate_bounds_t
     slope, exact = slope_and_change()
     found = integrate(lambda t, rows: slope(t)[rows], len(exact), rtol, family)
     true = (found.value - exact).norm(dim=1)
-    assert (true <= found.error).all(), (true, found.error)
+    rounding = 16 * torch.finfo(exact.dtype).eps * exact.norm(dim=1)  # of both sums; the estimate knows nothing of it
+    assert (true <= found.error + rounding).all(), (true, found.error)
     assert (found.error <= rtol * found.value.norm(dim=1)).all(), found
 
 
