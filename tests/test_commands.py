@@ -77,6 +77,8 @@ def test_explanations_are_the_machines(
     for i, query in enumerate(json.loads(out)["queries"]):
         assert query["target"] == int(why.target[i])
         assert query["prediction"] == pytest.approx(float(why.prediction[i]))
+        outputs = machine.network_outputs(x[i : i + 1])[0]
+        assert query["network"] == pytest.approx(float(outputs[why.target[i]]), rel=1e-4, abs=1e-5)
         assert query["ledger"] == pytest.approx({name: float(v[i]) for name, v in why.ledger.items()}, abs=1e-6)
         shares = query["for"] + query["against"]
         assert [share["id"] for share in shares] == why.example_ids[i].tolist()
@@ -85,7 +87,7 @@ def test_explanations_are_the_machines(
     text = called(capsys, "explain", GOLDEN, inputs, *MODULE, "--top-k", 2, *given)[1]
     assert machine.names_of(why.example_ids[0])[0] in text
     assert "unattributed" in text
-    assert f"query 2, output {int(why.target[2])}: " in text
+    assert f"query 2, output {int(why.target[2])}: machine {float(why.prediction[2]):.6g}" in text
 
 
 @pytest.mark.parametrize(

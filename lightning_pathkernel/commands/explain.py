@@ -70,6 +70,7 @@ def _query(machine: KernelMachine, why: Explanation, i: int) -> dict[str, Any]:
         "query": i,
         "target": int(why.target[i]),
         "prediction": float(why.prediction[i]),
+        "network": float(sum(value[i].double() for value in why.ledger.values())),
         "ledger": {term: float(value[i]) for term, value in why.ledger.items()},
         "for": shares[:half],
         "against": shares[half:],
@@ -77,7 +78,8 @@ def _query(machine: KernelMachine, why: Explanation, i: int) -> dict[str, Any]:
 
 
 def _told(query: dict[str, Any]) -> str:
-    lines = [f"query {query['query']}, output {query['target']}: {query['prediction']:.6g}"]
+    told = f"machine {query['prediction']:.6g}, network {query['network']:.6g}, which is the sum of"
+    lines = [f"query {query['query']}, output {query['target']}: {told}"]
     lines += [f"  {term:14}{value:+.6g}" for term, value in query["ledger"].items()]
     for side in ("for", "against"):
         lines += [f"  {side:14}{share['contribution']:+.6g}  {share['name']}" for share in query[side]]
