@@ -93,8 +93,8 @@ def print_explanation(why: Explanation, queries: Tensor, labels: Tensor, train_l
     """Each query's ledger, and the training examples most for and most against its predicted class."""
     for q, query in enumerate(queries.tolist()):
         terms = ", ".join(f"{name} {float(value[q]):+.3f}" for name, value in why.ledger.items())
-        logit = float(sum(value[q] for value in why.ledger.values()))  # the network's own, of all terms
-        print(f"\nvalidation image {query}, a {int(labels[q])}: logit of {int(why.target[q])} {logit:.3f} = {terms}")
+        logit = f"logit of {int(why.target[q])} {float(why.network[q]):.3f}"
+        print(f"\nvalidation image {query}, a {int(labels[q])}: {logit} = {terms}")
         print(f"  the machine, without the last three: {float(why.prediction[q]):.3f}")
         half = why.example_ids.shape[1] // 2
         for side, start in (("for", 0), ("against", half)):

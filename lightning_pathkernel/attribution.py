@@ -91,8 +91,8 @@ class Attribution(Workshop, ABC):
         shares = list(query.shares(self._network, question, work.chords(), rules, lost))
         ids, contributions = strongest_contributions(shares, top_k, self._options.example_chunk, work.passed)
         ledger = {name: value[:, 0].cpu() for name, value in terms.items()}
-        target = torch.as_tensor(question.target).cpu()
-        return Explanation(bias(ledger) + ledger["examples"], ids, contributions, ledger, target)
+        assert question.target is not None, "an explanation is of a scalar"
+        return Explanation(bias(ledger) + ledger["examples"], ids, contributions, ledger, question.target)
 
     def coefficients(
         self, x: Any, x_train: Any, ids: Tensor, target: Tensor, target_train: Tensor | None = None

@@ -39,10 +39,10 @@ class Explanation:
         >>> why = machine.explain(x, top_k=1)
         >>> why.target, why.prediction, why.example_ids, why.contributions
         (tensor([0]), tensor([0.6858]), tensor([[0, 3]]), tensor([[ 0.0451, -0.0276]]))
+        >>> bool(torch.isclose(why.network, machine.network_outputs(x).max()))
+        True
         >>> list(why.ledger)
         ['initial', 'examples', 'decay', 'buffers', 'quadrature', 'sketch', 'unattributed']
-        >>> bool(torch.isclose(sum(why.ledger.values()), machine.network_outputs(x).max()))
-        True
     """
 
     prediction: Tensor
@@ -50,6 +50,11 @@ class Explanation:
     contributions: Tensor
     ledger: dict[str, Tensor]
     target: Tensor
+
+    @property
+    def network(self) -> Tensor:
+        """The explained scalar of the network itself, ``[Q]``: the sum of the ledger's terms."""
+        return torch.stack(list(self.ledger.values())).double().sum(0).to(self.prediction)
 
 
 def joined(pieces: Sequence[Explanation]) -> Explanation:

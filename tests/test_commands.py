@@ -127,7 +127,7 @@ def test_what_is_wrong_is_said(
     assert said in err
 
 
-@pytest.mark.parametrize("command", ["predict", "explain"])
+@pytest.mark.parametrize("command", ["predict", "explain", "report"])
 def test_the_device_asked_for_is_the_networks(
     command: str, x: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,8 +135,9 @@ def test_the_device_asked_for_is_the_networks(
     load = KernelMachine.load
     monkeypatch.setattr(KernelMachine, "load", lambda *args, device: asked.append(device) or load(*args, device=device))
     inputs = written(x, tmp_path / "x.npy")
-    plain = called(capsys, command, GOLDEN, inputs, *MODULE)
-    assert plain == called(capsys, command, GOLDEN, inputs, *MODULE, "--device", "cpu")
+    given = ("--out", tmp_path / "page.html", "--inputs", inputs) if command == "report" else (inputs,)
+    plain = called(capsys, command, GOLDEN, *given, *MODULE)
+    assert plain == called(capsys, command, GOLDEN, *given, *MODULE, "--device", "cpu")
     assert asked == [None, torch.device("cpu")]
 
 
@@ -165,6 +166,9 @@ def test_a_report_of_what_was_logged_and_one_of_the_machine(
     status, _, err = called(capsys, "report", GOLDEN, "--out", page, "--inputs", inputs)
     assert status == 2
     assert "--inputs: the network is needed for that, give --module" in err
+    status, _, err = called(capsys, "report", GOLDEN, "--out", page, "--device", "cpu")
+    assert status == 2
+    assert "--device: the network is needed for that, give --module" in err
     status, _, err = called(capsys, "report", tmp_path, "--out", page)
     assert status == 1
     assert "manifest.json" in err

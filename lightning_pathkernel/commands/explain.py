@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning_pathkernel import store
 from lightning_pathkernel.commands.answer import answer, told
-from lightning_pathkernel.commands.inputs import find_device, find_forward, make_module, read_inputs, read_targets
+from lightning_pathkernel.commands.inputs import load_machine, read_inputs, read_targets
 from lightning_pathkernel.explanation import Explanation
 from lightning_pathkernel.machine import KernelMachine
 
@@ -48,9 +48,8 @@ def explain(
     """
     if top_k < 1:
         raise ValueError(f"--top-k must be at least 1, found {top_k}")
-    network, function, place = make_module(module, module_args), find_forward(forward_fn), find_device(device)
     try:
-        machine = KernelMachine.load(directory, network, function, device=place)
+        machine, network = load_machine(directory, module, module_args, forward_fn, device)
         x = read_inputs(inputs, network)
         why = machine.explain(x, target=read_targets(target, len(x)), top_k=top_k)
         found = [_query(machine, why, i) for i in range(len(x))]
@@ -70,7 +69,7 @@ def _query(machine: KernelMachine, why: Explanation, i: int) -> dict[str, Any]:
         "query": i,
         "target": int(why.target[i]),
         "prediction": float(why.prediction[i]),
-        "network": float(sum(value[i].double() for value in why.ledger.values())),
+        "network": float(why.network[i]),
         "ledger": {term: float(value[i]) for term, value in why.ledger.items()},
         "for": shares[:half],
         "against": shares[half:],

@@ -1,4 +1,4 @@
-"""What the user brings along: a module by its class, and inputs from a file."""
+"""What the user brings along: a module by its class, with a machine for it, and inputs from a file."""
 
 from __future__ import annotations
 
@@ -14,26 +14,38 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lightning_pathkernel.machine import KernelMachine
 from lightning_pathkernel.network import ForwardFn
 
-__all__ = ["find_device", "find_forward", "make_module", "read_inputs", "read_targets"]
+__all__ = ["load_machine", "read_inputs", "read_targets"]
 
 _KINDS = ".npy (one array), .safetensors (one tensor, or one called x), .csv (numbers, a row per input)"
 
 
-def make_module(name: str, arguments: dict[str, Any] | None) -> nn.Module:
-    """The network that the command line names; nothing that an artifact says is ever imported.
+def load_machine(
+    directory: str, module: str, arguments: dict[str, Any] | None, forward_fn: str | None, device: str | None
+) -> tuple[KernelMachine, nn.Module]:
+    """The machine of an artifact, for the network that the command line names; nothing that it says is ever imported.
 
     Args:
-        name: ``package.Class``, or a function that makes the module; looked for in the working directory too.
+        directory: Of the artifact, or an fsspec URL.
+        module: ``package.Class``, or a function that makes the network; looked for in the working directory too.
         arguments: What it is called with.
+        forward_fn: ``package.function``, or None.
+        device: Where the network is to run, such as ``cuda`` or ``cuda:1``; None for the CPU.
 
     Returns:
-        The module.
+        The machine and the network.
 
     Raises:
-        ValueError: If there is none, or it cannot be made.
+        ArtifactError: If the artifact is damaged or of another module.
+        ValueError: If there is no such module, function or device here.
     """
+    network, function, place = _module(module, arguments), _forward(forward_fn), _device(device)
+    return KernelMachine.load(directory, network, function, device=place), network
+
+
+def _module(name: str, arguments: dict[str, Any] | None) -> nn.Module:
     made = _named("--module", name)
     try:
         module = made(**(arguments or {}))
@@ -44,36 +56,17 @@ def make_module(name: str, arguments: dict[str, Any] | None) -> nn.Module:
     return module
 
 
-def find_forward(name: str | None) -> ForwardFn | None:
-    """The function that the command line names.
-
-    Args:
-        name: ``package.function``, or None.
-
-    Returns:
-        The function, or None.
-    """
+def _forward(name: str | None) -> ForwardFn | None:
     found: ForwardFn | None = None if name is None else _named("--forward-fn", name)
     return found
 
 
-def find_device(name: str | None) -> torch.device | None:
-    """The device that the command line names.
-
-    Args:
-        name: Such as ``cuda`` or ``cuda:1``, or None.
-
-    Returns:
-        The device, or None.
-
-    Raises:
-        ValueError: If this machine has no such device.
-    """
+def _device(name: str | None) -> torch.device | None:
     if name is None:
         return None
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch has no one class for it
+    except (RuntimeError, AssertionError) as error:  # torch has no one class for it
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 

@@ -10,8 +10,7 @@ import numpy as np
 
 from lightning_pathkernel import store
 from lightning_pathkernel.commands.answer import answer, told
-from lightning_pathkernel.commands.inputs import find_device, find_forward, make_module, read_inputs
-from lightning_pathkernel.machine import KernelMachine
+from lightning_pathkernel.commands.inputs import load_machine, read_inputs
 
 __all__ = ["predict"]
 
@@ -42,9 +41,8 @@ def predict(
     Returns:
         The exit status: 0, or 1 if the artifact is damaged or of another module.
     """
-    network, function, place = make_module(module, module_args), find_forward(forward_fn), find_device(device)
     try:
-        machine = KernelMachine.load(directory, network, function, device=place)
+        machine, network = load_machine(directory, module, module_args, forward_fn, device)
         outputs = machine.predict(read_inputs(inputs, network))
     except store.ArtifactError as error:
         return answer({"ok": False, "error": str(error)}, told(directory, error), json, status=1)

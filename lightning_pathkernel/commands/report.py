@@ -7,8 +7,7 @@ from typing import Any
 
 from lightning_pathkernel import store
 from lightning_pathkernel.commands.answer import answer, told
-from lightning_pathkernel.commands.inputs import find_device, find_forward, make_module, read_inputs, read_targets
-from lightning_pathkernel.machine import KernelMachine
+from lightning_pathkernel.commands.inputs import load_machine, read_inputs, read_targets
 from lightning_pathkernel.report import report_directory, write_report
 
 __all__ = ["report"]
@@ -52,7 +51,7 @@ def report(
     Raises:
         ValueError: If something is given that needs a module, and there is none.
     """
-    needy = {"--inputs": inputs, "--examples": examples, "--labels": labels, "--target": target}
+    needy = {"--inputs": inputs, "--examples": examples, "--labels": labels, "--target": target, "--device": device}
     given = [option for option, value in needy.items() if value is not None]
     if module is None and given:
         raise ValueError(f"{', '.join(given)}: the network is needed for that, give --module")
@@ -60,8 +59,7 @@ def report(
         if module is None:
             with store.local_copy(directory) as path:
                 return answer({}, str(report_directory(path, Path(out), title)), False)
-        network, function, place = make_module(module, module_args), find_forward(forward_fn), find_device(device)
-        machine = KernelMachine.load(directory, network, function, device=place)
+        machine, network = load_machine(directory, module, module_args, forward_fn, device)
         x = None if inputs is None else read_inputs(inputs, network)
         chosen = None if x is None else read_targets(target, len(x))
         shown = {
