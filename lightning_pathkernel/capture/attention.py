@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_pathkernel.capture.gradients import DenseGradient, FactoredGradient, PerExampleGradient, VectorGradient
+from lightning_pathkernel.capture.gradients import (
+    BiasGradient,
+    DenseGradient,
+    FactoredGradient,
+    PerExampleGradient,
+    VectorGradient,
+)
 from lightning_pathkernel.capture.replay import replayed
 from lightning_pathkernel.capture.rules import LayerCall, register_layer_rule
 
@@ -55,8 +61,8 @@ def attention_rule(layer: nn.Module, call: LayerCall) -> dict[str, PerExampleGra
     out.update(_input_gradients(attention, inputs, grads))
     if call.output_index == 0:
         grad = _swap(call.grad_output, attention).transpose(0, 1)
-        out["out_proj.weight"] = FactoredGradient(grad, mixed.transpose(0, 1))
-        out["out_proj.bias"] = VectorGradient(grad.sum(1))
+        weight = FactoredGradient(grad, mixed.transpose(0, 1))
+        out.update({"out_proj.weight": weight, "out_proj.bias": BiasGradient(weight)})
     return out
 
 

@@ -8,14 +8,14 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_pathkernel.capture.conv_gradients import ConvBiasGradient, ConvGradient, grouped_conv_gradient
-from lightning_pathkernel.capture.gradients import DenseGradient, PerExampleGradient, VectorGradient
+from lightning_pathkernel.capture.conv_gradients import ConvGradient, ConvScratch, grouped_conv_gradient
+from lightning_pathkernel.capture.gradients import BiasGradient, DenseGradient, PerExampleGradient, VectorGradient
 from lightning_pathkernel.capture.rules import LayerCall, register_layer_rule
-from lightning_pathkernel.capture.windows import ConvGeometry, WindowScratch
+from lightning_pathkernel.capture.windows import ConvGeometry
 
 __all__ = ["conv_rule"]
 
-_SCRATCH: WeakKeyDictionary[nn.Module, WindowScratch] = WeakKeyDictionary()
+_SCRATCH: WeakKeyDictionary[nn.Module, ConvScratch] = WeakKeyDictionary()
 
 
 def _padded(layer: nn.Conv2d, inputs: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -50,6 +50,6 @@ def conv_rule(layer: nn.Module, call: LayerCall) -> dict[str, PerExampleGradient
             out["bias"] = VectorGradient(grads.flatten(2).sum(2))
         return out
     if layer not in _SCRATCH:
-        _SCRATCH[layer] = WindowScratch()
+        _SCRATCH[layer] = ConvScratch()
     shared = ConvGradient(inputs, grads, geometry, _SCRATCH[layer])
-    return {"weight": shared, "bias": ConvBiasGradient(shared)}
+    return {"weight": shared, "bias": BiasGradient(shared)}

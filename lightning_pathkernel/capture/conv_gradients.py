@@ -9,10 +9,22 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_pathkernel.capture.gradients import VectorGradient
+from lightning_pathkernel.capture.shifts import ShiftedConvolution
 from lightning_pathkernel.capture.windows import ConvGeometry, WindowScratch
 
-__all__ = ["ConvBiasGradient", "ConvGradient", "grouped_conv_gradient"]
+__all__ = ["ConvGradient", "ConvScratch", "grouped_conv_gradient"]
+
+
+class ConvScratch:
+    """Memory of one layer, used again in every step.
+
+    Args:
+        windows: For windows that are written out.
+    """
+
+    def __init__(self, windows: WindowScratch | None = None) -> None:
+        self.windows = windows or WindowScratch()
+        self.shifted = ShiftedConvolution()
 
 
 @dataclass(slots=True)
@@ -25,7 +37,7 @@ class ConvGradient:
     inputs: Tensor
     grad_outputs: Tensor
     geometry: ConvGeometry
-    scratch: WindowScratch
+    scratch: ConvScratch
     _sums: Tensor | None = None
 
     @property
@@ -35,16 +47,21 @@ class ConvGradient:
 
     def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """A thin convolution of the inputs, contracted with the output gradients, ``[n, k_left, k_right]``."""
-        # columns first: the product over positions is the large one, and this order of it the fast one
-        grads = self.grad_outputs.flatten(2).transpose(1, 2)
+        # columns first: the product over positions is the large one
+        grads = self.grad_outputs.flatten(2)
         if right is not None:
-            out = self.geometry.convolve(self.inputs, right).flatten(2) @ grads
+            thin = self.scratch.shifted(self.inputs, self.geometry, right)
+            if thin is not None:
+                both = grads @ thin.transpose(1, 2)
+                out, self._sums = both[:, :, :-1], both[:, :, -1]
+                return out if left is None else left @ out
+            out = self.geometry.convolve(self.inputs, right).flatten(2) @ grads.transpose(1, 2)
         else:
-            unfolded = self.scratch.unfold(self.inputs, self.geometry)
+            unfolded = self.scratch.windows.unfold(self.inputs, self.geometry)
             if unfolded is None:
-                out = self.geometry.unfold(self.inputs) @ grads
+                out = self.geometry.unfold(self.inputs) @ grads.transpose(1, 2)
             else:
-                both = unfolded @ grads
+                both = unfolded @ grads.transpose(1, 2)
                 out, self._sums = both[:, :-1], both[:, -1]
         return (out if left is None else out @ left.T).transpose(1, 2)
 
@@ -67,21 +84,7 @@ class ConvGradient:
 
     def take(self, which: slice) -> ConvGradient:
         """Some of the examples."""
-        return ConvGradient(self.inputs[which], self.grad_outputs[which], self.geometry, WindowScratch())
-
-
-class ConvBiasGradient(VectorGradient):
-    """A convolution's bias: read after its weight, it costs nothing where the weight's windows were written out."""
-
-    __slots__ = ("_weight",)
-
-    def __init__(self, weight: ConvGradient) -> None:
-        self._weight = weight
-
-    @property
-    def values(self) -> Tensor:  # type: ignore[override]
-        """``[n, c_out]``."""
-        return self._weight.sums()
+        return ConvGradient(self.inputs[which], self.grad_outputs[which], self.geometry, ConvScratch())
 
 
 def grouped_conv_gradient(inputs: Tensor, grad_outputs: Tensor, geometry: ConvGeometry, groups: int) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "BiasGradient",
     "DenseGradient",
     "FactoredGradient",
     "IndexedGradient",
@@ -24,6 +25,10 @@ __all__ = [
     "VectorGradient",
     "matrix_shape",
 ]
+
+
+_CHEAPER = 0.7
+"""Another order of products must take so much less: the usual one has the better shapes (docs/benchmarks.md)."""
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
@@ -171,12 +176,13 @@ class OuterGradient:
         return OuterGradient(self.left[which], self.right[which])
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class FactoredGradient:
     """``G_n = sum_s left_s right_s^T`` with ``left [n, s, r]`` and ``right [n, s, c]``."""
 
     left: Tensor
     right: Tensor
+    _sums: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -184,8 +190,30 @@ class FactoredGradient:
         return int(self.left.shape[0])
 
     def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
-        """Two thin products and a sum over positions, ``[n, k_left, k_right]``."""
+        """Thin products and a sum over positions, in the order that takes least, ``[n, k_left, k_right]``."""
+        if left is not None and right is not None:
+            (a, r), (b, c) = left.shape, right.shape
+            both = a * r + b * c + a * b  # multiplications for each position
+            if b * (r + c) < _CHEAPER * both:
+                return self._columns_first(left, right)
+            if a * (r + c) < _CHEAPER * both:
+                return _thin(self.left, left).transpose(1, 2) @ self.right @ right.T
         return _thin(self.left, left).transpose(1, 2) @ _thin(self.right, right)
+
+    def _columns_first(self, left: Tensor, right: Tensor) -> Tensor:
+        """With a one beside the columns' numbers, so that the sums over positions come of the same product."""
+        n, positions, _ = self.right.shape
+        thin = self.right.new_ones(n, right.shape[0] + 1, positions)
+        thin[:, :-1] = _thin(self.right, right).transpose(1, 2)
+        whole = thin @ self.left
+        self._sums = whole[:, -1]
+        return (whole[:, :-1] @ left.T).transpose(1, 2)
+
+    def sums(self) -> Tensor:
+        """``left`` summed over positions, ``[n, r]``."""
+        if self._sums is None:
+            self._sums = self.left.sum(1)
+        return self._sums
 
     def factors(self) -> None:
         """Not of rank one."""
@@ -201,6 +229,28 @@ class FactoredGradient:
     def take(self, which: slice) -> FactoredGradient:
         """Some of the examples."""
         return FactoredGradient(self.left[which], self.right[which])
+
+
+class Summing(Protocol):
+    """The gradient of a weight whose output gradients, summed over positions, are its bias's gradient."""
+
+    def sums(self) -> Tensor:
+        """``[n, r]``."""
+        ...
+
+
+class BiasGradient(VectorGradient):
+    """The gradient of a bias: read after its weight's, it costs nothing where the weight's product has it."""
+
+    __slots__ = ("_weight",)
+
+    def __init__(self, weight: Summing) -> None:
+        self._weight = weight
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        """``[n, r]``."""
+        return self._weight.sums()
 
 
 @dataclass(frozen=True)

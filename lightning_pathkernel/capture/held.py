@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from lightning_pathkernel.capture.conv_gradients import ConvBiasGradient, ConvGradient
+from lightning_pathkernel.capture.conv_gradients import ConvGradient, ConvScratch
 from lightning_pathkernel.capture.gradients import (
+    BiasGradient,
     DenseGradient,
     FactoredGradient,
     IndexedGradient,
@@ -15,7 +16,7 @@ from lightning_pathkernel.capture.gradients import (
     PerExampleGradient,
     VectorGradient,
 )
-from lightning_pathkernel.capture.windows import ConvGeometry, WindowScratch
+from lightning_pathkernel.capture.windows import ConvGeometry
 
 __all__ = ["HeldGradients"]
 
@@ -23,14 +24,14 @@ _FIELDS: dict[type, tuple[str, ...]] = {
     DenseGradient: ("gradients",),
     VectorGradient: ("values",),
     OuterGradient: ("left", "right"),
-    FactoredGradient: ("left", "right"),
+    FactoredGradient: ("left", "right", "_sums"),
     IndexedGradient: ("indices", "right", "rows"),
 }
 _KINDS = {kind.__name__: kind for kind in _FIELDS}
 
 
 class HeldGradients:
-    """A table of gradients, each once, however many share it; a convolution's bias goes on reading its weight's."""
+    """A table of gradients, each once, however many share it; a bias goes on reading its weight's."""
 
     def __init__(self) -> None:
         self._objects: list[PerExampleGradient] = []
@@ -52,8 +53,9 @@ class HeldGradients:
         if id(gradient) in self._places:
             return self._places[id(gradient)]
         made: dict[str, Any]
-        if isinstance(gradient, ConvBiasGradient):
-            made = {"kind": "ConvBiasGradient", "weight": self.add(gradient._weight)}
+        if isinstance(gradient, BiasGradient):
+            assert isinstance(gradient._weight, ConvGradient | FactoredGradient)
+            made = {"kind": "BiasGradient", "weight": self.add(gradient._weight)}
         elif isinstance(gradient, ConvGradient):
             made = {
                 "kind": "ConvGradient", "inputs": gradient.inputs, "grad_outputs": gradient.grad_outputs,
@@ -79,13 +81,13 @@ class HeldGradients:
         for stored in table:
             fields = dict(stored)
             kind = fields.pop("kind")
-            if kind == "ConvBiasGradient":
+            if kind == "BiasGradient":
                 weight = out[fields["weight"]]
-                assert isinstance(weight, ConvGradient)
-                out.append(ConvBiasGradient(weight))
+                assert isinstance(weight, ConvGradient | FactoredGradient)
+                out.append(BiasGradient(weight))
             elif kind == "ConvGradient":
                 geometry = ConvGeometry(**{name: tuple(value) for name, value in fields["geometry"].items()})
-                arguments = fields["inputs"], fields["grad_outputs"], geometry, WindowScratch(), fields["sums"]
+                arguments = fields["inputs"], fields["grad_outputs"], geometry, ConvScratch(), fields["sums"]
                 out.append(ConvGradient(*arguments))
             else:
                 out.append(_KINDS[kind](**fields))

@@ -262,24 +262,6 @@ class GradientCapture:
             if tensor.requires_grad:
                 tensor.register_hook(_Call(self, owner, args, kwargs, index, state))
 
-    def _on_gradient(self, grad: Tensor, noted: _Call) -> None:
-        start = time.perf_counter()
-        arguments = noted.arguments
-        if arguments is None or noted.batch != self._batch:
-            raise CaptureError(_stale(noted.owner.path, earlier_batch=noted.batch != self._batch))
-        if not self.retain:
-            noted.arguments = None
-        received = grad.detach() if grad.requires_grad else grad
-        call = LayerCall(*arguments, noted.index, received, noted.training, noted.n, noted.state)
-        if noted.group is None:
-            self._groups.refuse(noted.owner.path)
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(grad.device.type):
-            with torch.no_grad(), full_precision(grad):  # backward(create_graph=True), or a step under autocast
-                self._send(noted.owner, noted.group, call)
-        else:
-            self._send(noted.owner, noted.group, call)
-        self.seconds += time.perf_counter() - start
-
     def _send(self, owner: OwnedLayer, group: int, call: LayerCall) -> None:
         sink, parameters = self._sink, self._parameters
         if sink is None:
@@ -322,8 +304,25 @@ class _Call:
         self.n, self.group, self.batch = capture._groups.n, capture._groups.current, capture._batch
 
     def __call__(self, grad: Tensor) -> None:
-        if self.capture._sink is not None:
-            self.capture._on_gradient(grad, self)
+        capture = self.capture
+        if capture._sink is None:
+            return
+        start = time.perf_counter()
+        arguments, group = self.arguments, self.group
+        if arguments is None or self.batch != capture._batch:
+            raise CaptureError(_stale(self.owner.path, earlier_batch=self.batch != capture._batch))
+        if not capture.retain:
+            self.arguments = None
+        received = grad.detach() if grad.requires_grad else grad
+        call = LayerCall(*arguments, self.index, received, self.training, self.n, self.state)
+        if group is None:
+            capture._groups.refuse(self.owner.path)
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(grad.device.type):
+            with torch.no_grad(), full_precision(grad):  # backward(create_graph=True), or a step under autocast
+                capture._send(self.owner, group, call)
+        else:
+            capture._send(self.owner, group, call)
+        capture.seconds += time.perf_counter() - start
 
 
 def _parents(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:

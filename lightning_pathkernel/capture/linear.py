@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_pathkernel.capture.gradients import (
+    BiasGradient,
     FactoredGradient,
     OuterGradient,
     PerExampleGradient,
@@ -33,7 +34,5 @@ def linear_rule(layer: nn.Module, call: LayerCall) -> dict[str, PerExampleGradie
         return {"weight": OuterGradient(grads, inputs), "bias": VectorGradient(grads)}
     grads = grads.reshape(call.n, -1, grads.shape[-1])
     inputs = inputs.reshape(call.n, -1, inputs.shape[-1])
-    out: dict[str, PerExampleGradient] = {"weight": FactoredGradient(grads, inputs)}
-    if layer.bias is not None:
-        out["bias"] = VectorGradient(grads.sum(1))
-    return out
+    weight = FactoredGradient(grads, inputs)
+    return {"weight": weight, "bias": BiasGradient(weight)}

@@ -66,9 +66,9 @@ class GradientWatch:
         Raises:
             ValueError: If more than a factor changed where nothing else was expected.
         """
-        gradients = _gradients(parameters)
         if self._norms is None:
             return 1.0, {}
+        gradients = _gradients(parameters)
         new = sorted(gradients.keys() - set(self._names))
         if new:
             raise ValueError(f"set for {', '.join(map(repr, new))}")

@@ -66,14 +66,14 @@ class StepRows:
         held: Parameter -> gradients held back.
     """
 
-    __slots__ = ("_arena", "_at", "_block", "_end", "_ids", "_last", "_room", "_slots", "_uses", "held")
+    __slots__ = ("_arena", "_at", "_block", "_end", "_ids", "_last", "_numbers", "_room", "_slots", "_uses", "held")
 
     def __init__(self, ids: Tensor | Slot, arena: Arena, room: int = 0) -> None:
         self._ids: Tensor | Slot = ids
         self._arena = arena
         self._room = room
         self._block: Tensor | None = None
-        self._at = self._end = 0
+        self._at = self._end = self._numbers = 0
         self._slots: list[Slot] = []
         self._uses: list[tuple[str, tuple[int, ...]]] = []
         self._last: tuple[Tensor, Tensor | None, int] | None = None
@@ -99,38 +99,37 @@ class StepRows:
         if factors is None:
             features = gradient.project(sketch.train_left, sketch.train_right)
             slot = self._slot(features.shape[0], features.shape[1] * features.shape[2], features)
-            slot.view().view(features.shape).copy_(features)
+            slot.view(features.shape).copy_(features)
             self._uses.append((name, (len(self._slots) - 1,)))
             return
         left, right = factors
         by_left, by_right = sketch.train_transposed
-        at = self._left(left, sketch.train_left, by_left)
+        # a weight and its bias have the same left factor, and under a common basis the same product
+        if self._last is None or self._last[0] is not left or self._last[1] is not sketch.train_left:
+            self._last = (left, sketch.train_left, self._product(left, by_left))
+        at = self._last[2]
         self._uses.append((name, (at,) if right is None else (at, self._product(right, by_right))))
-
-    def _left(self, left: Tensor, factor: Tensor | None, transposed: Tensor | None) -> int:
-        """A weight and its bias have the same left factor, and under a common basis the same product."""
-        if self._last is None or self._last[0] is not left or self._last[1] is not factor:
-            self._last = (left, factor, self._product(left, transposed))
-        return self._last[2]
 
     def _product(self, rows: Tensor, transposed: Tensor | None) -> int:
         n, width = rows.shape
         if transposed is None:
-            self._slot(n, width, rows).view().copy_(rows)
+            self._slot(n, width, rows).copy_(rows)
         else:
-            torch.mm(rows, transposed, out=self._slot(n, transposed.shape[1], rows).view())
+            torch.mm(rows, transposed, out=self._slot(n, transposed.shape[1], rows))
         return len(self._slots) - 1
 
-    def _slot(self, n: int, width: int, like: Tensor) -> Slot:
-        size, block = n * width, self._block
-        if block is None or self._at + size > self._end or block.dtype is not like.dtype:
+    def _slot(self, n: int, width: int, like: Tensor) -> Tensor:
+        """The matrix of a new slot."""
+        start, size, block = self._at, n * width, self._block
+        if block is None or start + size > self._end or block.dtype is not like.dtype:
             whole = self._arena.new(1, max(self._room, size), like)
-            block, self._at, self._end = whole.block, whole.start, whole.start + whole.k
+            block, start, self._end = whole.block, whole.start, whole.start + whole.k
             self._block, self._room = block, 0
-        slot = Slot(block, self._at, n, width)
-        self._at += size
+        self._at = start + size
+        self._numbers += size
+        slot = Slot(block, start, n, width)
         self._slots.append(slot)
-        return slot
+        return slot.view()
 
     def close(self) -> None:
         """Nothing more is taken in for now: hold on to no tensor, only to what the arena keeps."""
@@ -161,7 +160,7 @@ class StepRows:
 
     def numbers(self) -> int:
         """Numbers kept."""
-        return sum(slot.n * slot.k for slot in self._slots)
+        return self._numbers
 
     @property
     def layout(self) -> object:
