@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_pathkernel.recording.rows import RecordedStep, Rows, Sketches, StepRows, features_of
+from lightning_pathkernel.recording.rows import CarriedRows, RecordedStep, Rows, Sketches, StepRows, features_of
 
 __all__ = ["VisitBatch", "batches"]
 
@@ -72,7 +72,7 @@ def batches(steps: Sequence[RecordedStep], sketches: Sketches) -> Iterator[Visit
     layout: object = None
     for index, step in enumerate(steps):
         for part in step.parts:
-            own = part.layout if isinstance(part, StepRows) else None
+            own = (type(part), part.layout) if isinstance(part, StepRows | CarriedRows) else None
             full = run and (len(run) + 1) * len(part.ids) * width > _NUMBERS
             if run and (own is None or own != layout or full):
                 yield _batch(run, steps, sketches)
@@ -86,6 +86,6 @@ def batches(steps: Sequence[RecordedStep], sketches: Sketches) -> Iterator[Visit
 def _batch(run: Sequence[tuple[int, Rows]], steps: Sequence[RecordedStep], sketches: Sketches) -> VisitBatch:
     indices, parts = [index for index, _ in run], [part for _, part in run]
     own = [part for part in parts if isinstance(part, StepRows)]
-    features = features_of(own, sketches) if own else parts[0].features(sketches)
+    features = features_of(own, sketches) if own else torch.cat([part.features(sketches) for part in parts])
     coefficients = np.array([steps[index].coefficient for index in indices])
     return VisitBatch(indices, coefficients, torch.cat([part.ids for part in parts]), features)

@@ -200,6 +200,15 @@ class CarriedRows:
         """Training examples, ``[n]``."""
         return self._ids
 
+    @property
+    def layout(self) -> object:
+        """What the rows of two steps must have in common to be taken together.
+
+        Returns:
+            Something to compare.
+        """
+        return len(self._ids), list(self.parts)
+
     def features(self, sketches: Sketches) -> Tensor:
         """All features, ``[n, F]``."""
         return _joined(self.parts, sketches, len(self._ids), next(iter(self.parts.values()), None))
