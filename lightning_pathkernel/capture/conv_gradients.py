@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lightning_pathkernel.capture.shifts import ShiftedConvolution
@@ -54,7 +55,8 @@ class ConvGradient:
             if thin is not None:
                 both = grads @ thin.transpose(1, 2)
                 out, self._sums = both[:, :, :-1], both[:, :, -1]
-                return out if left is None else left @ out
+                # few columns: one product for all examples, where one for each would be all calls
+                return out if left is None else torch.tensordot(out, left, ([1], [1])).transpose(1, 2)
             out = self.geometry.convolve(self.inputs, right).flatten(2) @ grads.transpose(1, 2)
         else:
             unfolded = self.scratch.windows.unfold(self.inputs, self.geometry)

@@ -31,6 +31,10 @@ _CHEAPER = 0.7
 """Another order of products must take so much less: the usual one has the better shapes (docs/benchmarks.md)."""
 
 
+_POSITIONS = 16
+"""Fewer of them make products by example too small."""
+
+
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
     """The ``(r, c)`` under which a parameter of this shape is sketched; a scalar is ``(1, 1)``."""
     rows = int(shape[0]) if len(shape) else 1
@@ -67,9 +71,11 @@ class PerExampleGradient(Protocol):
 
 
 def _thin(x: Tensor, factor: Tensor | None) -> Tensor:
-    """``x @ factor.T``, as a product with few rows: few columns cost BLAS up to twice as much (docs/benchmarks.md)."""
+    """``x @ factor.T``, as products with few rows: few columns cost BLAS up to twice as much (docs/benchmarks.md)."""
     if factor is None:
         return x
+    if x.dim() == 3 and x.shape[1] >= _POSITIONS:  # by example: with few rows a single product is one thread's
+        return torch.bmm(factor.expand(x.shape[0], *factor.shape), x.transpose(1, 2)).transpose(1, 2)
     return (factor @ x.flatten(0, -2).T).T.view(*x.shape[:-1], factor.shape[0])
 
 

@@ -31,6 +31,7 @@ class ShiftedConvolution:
     def __init__(self, largest: int = 1 << 20) -> None:
         self._largest = largest
         self._made_for: tuple[object, ...] = ()
+        self._factor: Tensor | None = None
 
     def __call__(self, inputs: Tensor, geometry: ConvGeometry, factor: Tensor) -> Tensor | None:
         """``factor`` applied to every window, then ones, ``[n, k + 1, positions]``.
@@ -50,11 +51,13 @@ class ShiftedConvolution:
                 return None
             self._make(inputs, geometry, k)
             self._made_for = made_for
+        if factor is not self._factor:  # a chord's
+            self._factor, self._by_place = factor, _by_place(factor, inputs.shape[1])
         self._inner.copy_(inputs)
         if k == inputs.shape[1] == 1:
-            self._scaled(factor)
+            self._scaled()
         else:
-            self._multiplied(factor)
+            self._multiplied(k)
         self._inside.copy_(self._cropped)
         return self._result
 
@@ -86,20 +89,23 @@ class ShiftedConvolution:
         self._result = inputs.new_ones(n, k + 1, math.prod(geometry.output))
         self._cropped, self._inside = sums.transpose(0, 1), self._result[:, :k].view(n, k, *geometry.output)
 
-    def _scaled(self, factor: Tensor) -> None:
+    def _scaled(self) -> None:
         """One channel to one channel."""
-        first, *others = factor[0].tolist()
+        first, *others = self._by_place[:, 0].tolist()
         torch.mul(self._padded.narrow(1, 0, self._length), first, out=self._sums)
         for offset, number in zip(self._offsets[1:], others, strict=True):
             self._sums.add_(self._padded.narrow(1, offset, self._length), alpha=number)
 
-    def _multiplied(self, factor: Tensor) -> None:
-        k, c_in = factor.shape[0], self._padded.shape[0]
-        by_place = factor.view(k, c_in, -1).permute(2, 0, 1).reshape(-1, c_in)
-        each = torch.mm(by_place, self._padded, out=self._products).view(len(self._offsets), k, -1)
+    def _multiplied(self, k: int) -> None:
+        each = torch.mm(self._by_place, self._padded, out=self._products).view(len(self._offsets), k, -1)
         first, second, *others = (
             part.narrow(1, offset, self._length) for part, offset in zip(each, self._offsets, strict=True)
         )
         torch.add(first, second, out=self._sums)
         for part in others:
             self._sums.add_(part)
+
+
+def _by_place(factor: Tensor, c_in: int) -> Tensor:
+    """``factor [k, c_in * window]`` as ``[window * k, c_in]``."""
+    return factor.view(factor.shape[0], c_in, -1).permute(2, 0, 1).reshape(-1, c_in)
