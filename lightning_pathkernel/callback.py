@@ -264,9 +264,9 @@ class PathKernelCallback(_Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Tell the recorder which examples are coming."""
-        if self._recording is not None:
+        if (session := self._recording) is not None:
             with _translated():
-                self._recording.begin_batch(self._rows(trainer, batch))
+                session.begin_batch(self._rows(trainer, batch))
 
     def _rows(self, trainer: pl.Trainer, batch: Any) -> list[BatchRows]:
         """The examples of a batch, loader by loader."""
@@ -274,20 +274,20 @@ class PathKernelCallback(_Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Gradients are coming."""
-        if self._recording is not None:
-            self._recording.before_backward()
+        if (session := self._recording) is not None:
+            session.before_backward()
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The gradients of a backward pass are all in."""
-        if self._recording is not None:
-            self._recording.after_backward()
+        if (session := self._recording) is not None:
+            session.after_backward()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Gradients are complete, but not clipped."""
-        if self._recording is not None:
-            self._recording.before_step(getattr(optimizer, "optimizer", optimizer))
+        if (session := self._recording) is not None:
+            session.before_step(getattr(optimizer, "optimizer", optimizer))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -117,6 +117,8 @@ def part_of(batch: Any, place: Place) -> Any:
     Raises:
         IdentityError: If the batch is not nested as the loaders are.
     """
+    if not place.path:
+        return batch
     try:
         return pytree.key_get(batch, place.path)
     except (KeyError, IndexError, TypeError, AttributeError) as error:

@@ -133,10 +133,10 @@ def _indices(batch: Any) -> Tensor | IdentityError:
         found = np.array(batch)
     except (ValueError, TypeError):  # rows of several lengths
         found = np.array(None)
-    if found.ndim != 1 or found.dtype.kind not in "iu" or (found < 0).any():
+    if found.ndim != 1 or found.dtype.kind not in "iu" or (len(found) and found.min() < 0):
         drawn = str(batch)[:60]
         return IdentityError(f"{UNKNOWN}: the sampler drew {drawn}, no list of integers from 0 on. {REMEDY}")
-    return torch.from_numpy(found.astype(np.int64))
+    return torch.from_numpy(found.astype(np.int64, copy=False))  # a copy of the batch's own list already
 
 
 def refusal(loader: object) -> str | None:
