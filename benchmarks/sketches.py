@@ -85,7 +85,7 @@ class Fitter(SketchFitter):
 
     def second_stage(self, chord: Chord, rows: Tensor, total: Tensor) -> tuple[Tensor, Tensor] | None:
         """The fewest numbers that are asked for, after the chord was kept as it is."""
-        probes = query_features(self._network, self._probes, chord, self._settings.rule, self._generator)
+        probes = query_features(self._network, self._probes, chord, self._settings.rule, self._generator, self._at_once)
         self.kept.append((chord, probes))
         return fit_second_stage(rows, probes, total, min(DIMS), self._settings.sketch, self._generator)
 

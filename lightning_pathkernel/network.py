@@ -26,6 +26,7 @@ __all__ = [
     "default_forward",
     "detached_copy",
     "float_buffers",
+    "in_parts",
     "on_device",
     "take_rows",
 ]
@@ -89,6 +90,11 @@ def take_rows(batch: Any, rows: slice | Tensor) -> Any:
         return value[rows] if fits else value
 
     return pytree.tree_map(take, batch)
+
+
+def in_parts(batch: Any, rows: int) -> list[Any]:
+    """A batch cut into parts of at most so many rows."""
+    return [take_rows(batch, slice(start, start + rows)) for start in range(0, batch_size(batch), rows)]
 
 
 def detached_copy(module: nn.Module) -> nn.Module:

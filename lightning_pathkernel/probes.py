@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,10 @@ from lightning_pathkernel.capture import matrix_shape
 from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.functional import kernel_machine_agreement, kernel_machine_fidelity
 from lightning_pathkernel.ledger import LEDGER_TERMS, ChordSpan, bias, chord_prediction, chord_terms, error_budget
-from lightning_pathkernel.network import Network, batch_size, take_rows
+from lightning_pathkernel.network import Network, Tensors, in_parts, take_rows
+from lightning_pathkernel.pass_size import rows_at_once
 from lightning_pathkernel.path import QuadratureRule
-from lightning_pathkernel.recording.basis import probe_gradients, random_cotangent
+from lightning_pathkernel.recording.basis import ProbePasses, random_cotangent
 from lightning_pathkernel.sketch import KroneckerSketch, SideMoments, SketchSettings, fit_sketch
 
 __all__ = ["LEDGER_PROBES", "ProbeTracker"]
@@ -23,7 +24,7 @@ __all__ = ["LEDGER_PROBES", "ProbeTracker"]
 LEDGER_PROBES = 32
 """So many of the probes have a whole ledger, term by term; of the others only prediction and bias are followed."""
 _CHUNK = 64
-"""Probes in one pass: more of them leave the processor's caches."""
+"""Most probes in one pass: more of them leave the processor's caches."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ class ProbeTracker:
 
     def __init__(self, network: Network, probes: object, rule: QuadratureRule, seed: int) -> None:
         self._network = network
+        self._at_once = rows_at_once(network, probes, _CHUNK)
         self._first = take_rows(probes, slice(LEDGER_PROBES))
-        starts = range(LEDGER_PROBES, batch_size(probes), _CHUNK)
-        self._others = [take_rows(probes, slice(start, start + _CHUNK)) for start in starts]
+        self._others = in_parts(take_rows(probes, slice(LEDGER_PROBES, None)), self._at_once)
         self._rule = rule
         self._seed = seed
         self._start, self._start_buffers = network.weights(), network.buffers()
@@ -107,9 +108,11 @@ class ProbeTracker:
         for name, weight in chord.start.items():  # one that was frozen until now begins where it stood
             self._start.setdefault(name, weight)
         before, span = self.account, chord.span()
-        found = chord_terms(self._network, self._first, span, self._rule)
+        parts = in_parts(self._first, self._at_once)
+        each = [chord_terms(self._network, part, span, self._rule) for part in parts]
+        found = {name: torch.cat([terms[name] for terms in each]) for name in each[0]}
         terms = {name: before.terms[name] + found.get(name, 0) for name in LEDGER_TERMS}
-        slope = self._network.jvps(self._first, chord.start, chord.start_buffers, [chord.delta])[0]
+        slope = self._slope(parts, chord.start, chord.start_buffers, chord.delta)
         others = [self._further(*pair, span) for pair in zip(self._others, before.others, strict=True)]
         return Account(terms, before.left + slope + found["buffers"], others)
 
@@ -120,11 +123,13 @@ class ProbeTracker:
     def kernel_matrix(self) -> Tensor:
         """Tangent kernel of the first probes under fixed random cotangents and projections, ``[m, m]``."""
         generator = torch.Generator().manual_seed(self._seed)
-        blocks = probe_gradients(self._network, self._first, random_cotangent(generator), rows=LEDGER_PROBES)
-        grams = []
-        for name, uses in blocks.items():
-            features = torch.stack([self._sketches[name].train(use) for use in uses]).sum(0)
-            grams.append(features @ features.T)
+        features: dict[str, list[Tensor]] = {}
+        cotangent = random_cotangent(generator)
+        for blocks in ProbePasses(self._network, self._first, cotangent, LEDGER_PROBES, self._at_once):
+            for name, uses in blocks.items():
+                found = torch.stack([self._sketches[name].train(use) for use in uses]).sum(0)
+                features.setdefault(name, []).append(found)
+        grams = [whole @ whole.T for whole in map(torch.cat, features.values())]
         if not grams:
             raise RuntimeError("the probes' gradients are empty")
         return torch.stack(grams).sum(0)
@@ -155,8 +160,11 @@ class ProbeTracker:
     def _linear(self) -> Tensor:
         """Change of all probes' outputs by the tangent kernel at the initial weights, ``[N, K]``."""
         direction = {name: w - self._start[name] for name, w in self._network.weights().items()}
-        chunks = (self._first, *self._others)
-        return torch.cat([self._network.jvps(c, self._start, self._start_buffers, [direction])[0] for c in chunks])
+        parts = [*in_parts(self._first, self._at_once), *self._others]
+        return self._slope(parts, self._start, self._start_buffers, direction)
+
+    def _slope(self, parts: Sequence[object], weights: Tensors, buffers: Tensors, direction: Tensors) -> Tensor:
+        return torch.cat([self._network.jvps(part, weights, buffers, [direction])[0] for part in parts])
 
 
 def _random_sketches(network: Network, seed: int) -> dict[str, KroneckerSketch]:

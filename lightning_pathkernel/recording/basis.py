@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_pathkernel.capture import OuterGradient, PerExampleGradient, VectorGradient, matrix_shape
 from lightning_pathkernel.chord import Chord, QueryBuffer
-from lightning_pathkernel.network import Network, Tensors, batch_size, take_rows
+from lightning_pathkernel.network import Network, Tensors, batch_size, in_parts, take_rows
 from lightning_pathkernel.path import QuadratureRule
 from lightning_pathkernel.recording.ranks import Ranks
-from lightning_pathkernel.recording.samples import preconditioned_samples, scaled_samples
+from lightning_pathkernel.recording.samples import Samples, preconditioned_samples, scaled_samples
 from lightning_pathkernel.sketch import (
     KroneckerSketch,
     SideMoments,
@@ -23,7 +23,7 @@ from lightning_pathkernel.sketch import (
     rank_one_log,
 )
 
-__all__ = ["Blocks", "fit_basis", "probe_gradients", "query_features", "random_cotangent"]
+__all__ = ["Blocks", "ProbePasses", "fit_basis", "query_features", "random_cotangent"]
 
 Blocks = Mapping[str, Sequence[PerExampleGradient]]
 """Parameter -> per-example gradients of each of its uses; the uses add up."""
@@ -46,43 +46,62 @@ def random_cotangent(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
     return functional
 
 
-def probe_gradients(
-    network: Network,
-    probes: object,
-    functional: Callable[[Tensor], Tensor],
-    rows: int = 128,
-    **where: Tensors,
-) -> dict[str, list[PerExampleGradient]]:
-    """Per-example gradients of the first ``rows`` probes, by parameter, kept for use after the pass."""
-    blocks: dict[str, list[PerExampleGradient]] = {}
-    batch = take_rows(probes, slice(rows))
-    network.per_example_gradients(batch, functional, lambda n, g: blocks.setdefault(n, []).append(g), **where)
-    return blocks
+class ProbePasses:
+    """Per-example gradients of probes, by parameter, pass by pass.
+
+    A pass keeps inputs and output gradients of all layers: no more rows at once than a training step has.
+
+    Args:
+        network: The network.
+        probes: The probes.
+        functional: What is differentiated, ``outputs [n, K] -> [n]``.
+        rows: Most probes that are asked: the first ones.
+        at_once: Most probes in one pass.
+    """
+
+    def __init__(
+        self, network: Network, probes: object, functional: Callable[[Tensor], Tensor], rows: int, at_once: int
+    ) -> None:
+        self._network = network
+        self._functional = functional
+        self._parts = in_parts(take_rows(probes, slice(rows)), at_once)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __iter__(self) -> Iterator[dict[str, list[PerExampleGradient]]]:
+        for part in self._parts:
+            blocks: dict[str, list[PerExampleGradient]] = {}
+
+            def keep(
+                name: str, gradient: PerExampleGradient, into: dict[str, list[PerExampleGradient]] = blocks
+            ) -> None:
+                into.setdefault(name, []).append(gradient)
+
+            self._network.per_example_gradients(part, self._functional, keep)
+            yield blocks
 
 
 def query_features(
-    network: Network, probes: object, chord: Chord, rule: QuadratureRule, generator: torch.Generator
+    network: Network, probes: object, chord: Chord, rule: QuadratureRule, generator: torch.Generator, at_once: int
 ) -> Tensor:
     """First-stage query features of the probes along a chord, ``[M, F]``: each point asks its share of the probes."""
-    parts = []
+    found = []
     stride = max(1, min(len(rule.points), batch_size(probes) // _ASKED))
     for first, t in enumerate(rule.points):
         asked = take_rows(probes, slice(first % stride, _MOST_ASKED, stride))
-        blocks = probe_gradients(
-            network, asked, random_cotangent(generator), rows=_MOST_ASKED, weights=chord.weights(t),
-            buffers=chord.end_buffers,
-        )  # fmt: skip
-        buffer = QueryBuffer(chord.sketches, chord.preconditioner, next(iter(blocks.values()))[0].n)
-        for name, uses in blocks.items():
-            for use in uses:
-                buffer(name, use)
-        parts.append(buffer.features())
-    return torch.cat(parts)
+        for part in in_parts(asked, at_once):
+            buffer = QueryBuffer(chord.sketches, chord.preconditioner, batch_size(part))
+            network.per_example_gradients(
+                part, random_cotangent(generator), buffer, weights=chord.weights(t), buffers=chord.end_buffers
+            )
+            found.append(buffer.features())
+    return torch.cat(found)
 
 
 def fit_basis(
     train: Blocks,
-    probes: Mapping[str, list[PerExampleGradient]],
+    probes: ProbePasses | None,
     preconditioner: Tensors,
     direction: Tensors,
     shapes: Mapping[str, torch.Size],
@@ -97,7 +116,7 @@ def fit_basis(
 
     Args:
         train: Gradients of the chord's first batch.
-        probes: Gradients of the probes, by random cotangents; empty where there are none.
+        probes: Gradients of the probes by random cotangents, pass by pass; None where there are none.
         preconditioner: D of the chord's first step, with the parameters' shapes, 0 where a weight has never moved;
             empty for the identity.
         direction: Where the optimiser is moving: its momentum, or the gradient, with the parameters' shapes.
@@ -109,14 +128,14 @@ def fit_basis(
     Returns:
         Parameter -> sketch, the same on all processes, in the order of ``shapes``.
     """
-    scales: dict[str, Scale | None] = {}
+    scales = {name: _scale(preconditioner.get(name)) for name in shapes if name in train}
+    queried = _queried(probes, scales, preconditioner, shapes, generator)
     sides: dict[str, tuple[SideMoments, SideMoments]] = {}
     riding: dict[str, str] = {}
-    for name in shapes:
-        if name not in train:
-            continue
-        scales[name] = _scale(preconditioner.get(name))
-        sides[name] = _samples(name, train, probes, preconditioner, direction, scales[name], settings, generator, ranks)
+    for name, scale in scales.items():
+        trained = _trained(train[name], direction[name], scale, settings, generator, ranks)
+        left, right = (SideMoments(*both) for both in zip(trained, queried.get(name, (None, None)), strict=True))
+        sides[name] = left, right
         weight = _weight_of(name, train, sides)
         if weight is not None:
             riding[name] = weight
@@ -142,26 +161,51 @@ def _scale(diagonal: Tensor | None) -> Scale | None:
     return rank_one_log(matrix.sqrt(), (matrix > 0).to(matrix))
 
 
-def _samples(
-    name: str, train: Blocks, probes: Blocks, preconditioner: Tensors, direction: Tensors, scale: Scale | None,
-    settings: SketchSettings, generator: torch.Generator, ranks: Ranks,
-) -> tuple[SideMoments, SideMoments]:  # fmt: skip
-    """Samples of both sides of one parameter, scaled; those of training gradients from all processes."""
-    moving = direction[name].reshape(matrix_shape(direction[name].shape))
+def _trained(
+    uses: Sequence[PerExampleGradient], direction: Tensor, scale: Scale | None, settings: SketchSettings,
+    generator: torch.Generator, ranks: Ranks,
+) -> Samples:  # fmt: skip
+    """Samples of both sides of one parameter's training gradients, scaled, from all processes."""
+    moving = direction.reshape(matrix_shape(direction.shape))
     shape = (int(moving.shape[0]), int(moving.shape[1]))
-    rows, columns = (ranks.rows(x) * ranks.world**-0.5 for x in scaled_samples(train[name], shape, scale, generator))
-    outer = None if scale is None else scale[0].unsqueeze(1) * scale[1]
-    moving = moving if outer is None else moving * outer
+    rows, columns = (ranks.rows(x) * ranks.world**-0.5 for x in scaled_samples(uses, shape, scale, generator))
+    moving = moving if scale is None else moving * _outer(scale)
     # the sum over examples lies in this direction, and the second moment of single examples hardly shows it
     moving = moving * (settings.direction**0.5 * rows.norm() / moving.norm().clamp_min(1e-30))
-    trained = torch.cat([rows, moving.T]), torch.cat([columns, moving])
-    if name not in probes:
-        return SideMoments(trained[0]), SideMoments(trained[1])
-    if outer is None:
-        queried = scaled_samples(probes[name], shape, None, generator)
-    else:
-        queried = preconditioned_samples(probes[name], preconditioner[name].reshape(shape) / outer, generator)
-    return SideMoments(trained[0], queried[0]), SideMoments(trained[1], queried[1])
+    return torch.cat([rows, moving.T]), torch.cat([columns, moving])
+
+
+def _queried(
+    passes: ProbePasses | None, scales: Mapping[str, Scale | None], preconditioner: Tensors,
+    shapes: Mapping[str, torch.Size], generator: torch.Generator,
+) -> dict[str, Samples]:  # fmt: skip
+    """Samples of both sides of the probes' gradients, scaled; nothing of a pass but these outlives it."""
+    found: dict[str, list[tuple[int, Samples]]] = {}
+    for blocks in passes or ():
+        for name, scale in scales.items():
+            uses = blocks.get(name)
+            if uses is None:
+                continue
+            shape = matrix_shape(shapes[name])
+            if scale is None:
+                samples = scaled_samples(uses, shape, None, generator)
+            else:
+                diagonal = preconditioner[name].reshape(shape) / _outer(scale)
+                samples = preconditioned_samples(uses, diagonal, generator, share=1 / len(passes or ()))
+            found.setdefault(name, []).append((uses[0].n, samples))
+        del blocks
+    return {name: _joined(parts) for name, parts in found.items()}
+
+
+def _joined(parts: Sequence[tuple[int, Samples]]) -> Samples:
+    """Samples of several passes, of ``n`` examples each, as those of all."""
+    count = sum(n for n, _ in parts)
+    rows, columns = (torch.cat([(n / count) ** 0.5 * both[side] for n, both in parts]) for side in (0, 1))
+    return rows, columns
+
+
+def _outer(scale: Scale) -> Tensor:
+    return scale[0].unsqueeze(1) * scale[1]
 
 
 def _weight_of(name: str, train: Blocks, known: Iterable[str]) -> str | None:

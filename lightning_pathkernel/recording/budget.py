@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from lightning_pathkernel.chord import Chord
-from lightning_pathkernel.network import Network, take_rows
+from lightning_pathkernel.network import Network, in_parts, take_rows
 from lightning_pathkernel.sketch import SketchSettings
 
 __all__ = ["FeatureBudget", "sketch_error"]
@@ -21,13 +21,14 @@ _SLOWEST, _FASTEST = 0.7, 3.0
 """What the features of one chord may be of those of the chord before it, least and most."""
 
 
-def sketch_error(network: Network, probes: object, chord: Chord) -> float:
+def sketch_error(network: Network, probes: object, chord: Chord, at_once: int) -> float:
     """What the first stage has lost of a chord's displacement, as probes see it from the middle of the chord.
 
     Args:
         network: The network.
         probes: Probes; the first few are asked.
         chord: With first-stage rows.
+        at_once: Probes in one pass.
 
     Returns:
         ``|J (A - E)| / |J A|`` over outputs and probes, with ``A`` the examples' part of the displacement and ``E``
@@ -36,9 +37,12 @@ def sketch_error(network: Network, probes: object, chord: Chord) -> float:
     whole = {n: d - chord.decay.get(n, 0) - chord.residual.get(n, 0) for n, d in chord.delta.items()}
     kept = chord.examples_direction()
     lost = {name: value - kept[name] if name in kept else value for name, value in whole.items()}
-    batch = take_rows(probes, slice(_PROBES))
-    all_of_it, gap = (d.norm() for d in network.jvps(batch, chord.weights(0.5), chord.end_buffers, [whole, lost]))
-    return float(gap / all_of_it) if bool(all_of_it > 0) else 0.0
+    weights, sums = chord.weights(0.5), [0.0, 0.0]
+    for part in in_parts(take_rows(probes, slice(_PROBES)), at_once):
+        slopes = network.jvps(part, weights, chord.end_buffers, [whole, lost])
+        sums = [total + float(slope.double().square().sum()) for total, slope in zip(sums, slopes, strict=True)]
+    all_of_it, gap = map(math.sqrt, sums)
+    return gap / all_of_it if all_of_it > 0 else 0.0
 
 
 class FeatureBudget:

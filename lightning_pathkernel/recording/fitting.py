@@ -13,7 +13,8 @@ from torch import Tensor
 from lightning_pathkernel.capture import CaptureError, PerExampleGradient
 from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.network import Network, Tensors
-from lightning_pathkernel.recording.basis import fit_basis, probe_gradients, query_features, random_cotangent
+from lightning_pathkernel.pass_size import rows_at_once
+from lightning_pathkernel.recording.basis import ProbePasses, fit_basis, query_features, random_cotangent
 from lightning_pathkernel.recording.budget import FeatureBudget, sketch_error
 from lightning_pathkernel.recording.open_chord import compressed
 from lightning_pathkernel.recording.ranks import Ranks
@@ -22,6 +23,8 @@ from lightning_pathkernel.sketch import KroneckerSketch, fit_second_stage, round
 
 __all__ = ["SketchFitter", "check_ranks"]
 
+_PROBES = 128
+"""Most probes whose gradients the first stage is fitted to."""
 Held = Sequence[Mapping[str, Sequence[PerExampleGradient]]]
 
 
@@ -42,6 +45,7 @@ class SketchFitter:
         self._ranks = ranks
         self._generator = torch.Generator().manual_seed(settings.seed)
         matrices = sum(p.dim() > 1 for p in network.plan.parameters.values())
+        self._at_once = 0 if probes is None else rows_at_once(network, probes, _PROBES)
         self._budget = FeatureBudget(settings.sketch, settings.sketch_dim, matrices)
 
     def state(self) -> dict[str, Any]:
@@ -70,9 +74,10 @@ class SketchFitter:
         train: dict[str, Sequence[PerExampleGradient]] = {}
         for batch in reversed(held):
             train.update(batch)
-        probes: Mapping[str, list[PerExampleGradient]] = {}
+        probes = None
         if self._probes is not None:
-            probes = probe_gradients(self._network, self._probes, random_cotangent(self._generator))
+            cotangent = random_cotangent(self._generator)
+            probes = ProbePasses(self._network, self._probes, cotangent, _PROBES, self._at_once)
         shapes = {name: p.shape for name, p in parameters.items()}
         settings = self._settings.sketch
         if settings.shared_features is not None:
@@ -91,7 +96,7 @@ class SketchFitter:
             The chord.
         """
         if self._probes is not None and self._settings.sketch.shared_features is not None and chord.sketches:
-            error = torch.tensor([sketch_error(self._network, self._probes, chord)])
+            error = torch.tensor([sketch_error(self._network, self._probes, chord, self._at_once)])
             self._budget.learn(float(self._ranks.total(error)) / self._ranks.world)  # the same on all processes
         return compressed(chord, self._ranks, partial(self.second_stage, chord), self._settings.sketch_dim)
 
@@ -99,7 +104,7 @@ class SketchFitter:
         """Maps that bring all rows ``[V, F]`` of a chord, ``total`` their sum, down to ``sketch_dim``, or None."""
         settings, query = self._settings, None
         if self._probes is not None:
-            query = query_features(self._network, self._probes, chord, settings.rule, self._generator)
+            query = query_features(self._network, self._probes, chord, settings.rule, self._generator, self._at_once)
         maps = fit_second_stage(rows, query, total, settings.sketch_dim, settings.sketch, self._generator)
         return None if maps is None else rounded_stage(*maps)
 
