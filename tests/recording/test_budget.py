@@ -51,7 +51,7 @@ def features(chords: list[Chord]) -> list[int]:
 
 
 def lost(net: Network, chords: list[Chord]) -> float:
-    """Root mean square, over chords with one before them to learn from, of what is lost on images that were no probes."""
+    """Root mean square of what is lost on images that were no probes, of chords with one before them to learn from."""
     x: Tensor = digits()[1].tensors[0][64:]
     return math.sqrt(sum(sketch_error(net, x, chord, 64) ** 2 for chord in chords[1:]) / (len(chords) - 1))
 
