@@ -132,6 +132,8 @@ def draw_growth(rows: Sequence[Row], directory: Path) -> Path:
                       label=COLUMNS[key])  # fmt: skip
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.set_xticks([row[x] for row in points], [f"{row[x]:.3g}" if size == "width" else row[x] for row in points])
+        axes.minorticks_off()
         axes.set_xlabel("parameters (by width)" if size == "width" else size)
         axes.grid(alpha=0.3)
     figure.axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
