@@ -85,7 +85,6 @@ class RowTable:
             ids: torch.Tensor | Slot = stored["ids"] if stored["ids"] is not None else own.pop()
             rows = StepRows(ids, arena, int(stored["room"]))
             rows._slots, rows._uses = own, list(layouts[stored["layout"]])
-            rows._numbers = sum(slot.n * slot.k for slot in own)
             rows.held = {name: [held[i] for i in uses] for name, uses in stored.get("held", {}).items()}
             out.append(rows)
         return out

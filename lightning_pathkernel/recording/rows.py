@@ -66,14 +66,14 @@ class StepRows:
         held: Parameter -> gradients held back.
     """
 
-    __slots__ = ("_arena", "_at", "_block", "_end", "_ids", "_last", "_numbers", "_room", "_slots", "_uses", "held")
+    __slots__ = ("_arena", "_at", "_block", "_end", "_ids", "_last", "_room", "_slots", "_uses", "held")
 
     def __init__(self, ids: Tensor | Slot, arena: Arena, room: int = 0) -> None:
         self._ids: Tensor | Slot = ids
         self._arena = arena
         self._room = room
         self._block: Tensor | None = None
-        self._at = self._end = self._numbers = 0
+        self._at = self._end = 0
         self._slots: list[Slot] = []
         self._uses: list[tuple[str, tuple[int, ...]]] = []
         self._last: tuple[Tensor, Tensor | None, int] | None = None
@@ -126,7 +126,6 @@ class StepRows:
             block, start, self._end = whole.block, whole.start, whole.start + whole.k
             self._block, self._room = block, 0
         self._at = start + size
-        self._numbers += size
         slot = Slot(block, start, n, width)
         self._slots.append(slot)
         return slot.view()
@@ -160,7 +159,7 @@ class StepRows:
 
     def numbers(self) -> int:
         """Numbers kept."""
-        return self._numbers
+        return sum(slot.n * slot.k for slot in self._slots)
 
     @property
     def layout(self) -> object:
