@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lightning_pathkernel.capture.shifts import ShiftedConvolution
@@ -48,27 +47,27 @@ class ConvGradient:
 
     def project(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """A thin convolution of the inputs, contracted with the output gradients, ``[n, k_left, k_right]``."""
-        # columns first: the product over positions is the large one
-        grads = self.grad_outputs.flatten(2)
-        if right is not None:
-            thin = self.scratch.shifted(self.inputs, self.geometry, right)
-            if thin is not None:
-                both = grads @ thin.transpose(1, 2)
-                out, self._sums = both[:, :, :-1], both[:, :, -1]
-                # few columns: one product for all examples, where one for each would be all calls
-                return out if left is None else torch.tensordot(out, left, ([1], [1])).transpose(1, 2)
-            out = self.geometry.convolve(self.inputs, right).flatten(2) @ grads.transpose(1, 2)
-        else:
-            unfolded = self.scratch.windows.unfold(self.inputs, self.geometry)
-            if unfolded is None:
-                out = self.geometry.unfold(self.inputs) @ grads.transpose(1, 2)
-            else:
-                both = unfolded @ grads.transpose(1, 2)
-                out, self._sums = both[:, :-1], both[:, -1]
+        out = self._columns(right)
         return (out if left is None else out @ left.T).transpose(1, 2)
 
+    def _columns(self, right: Tensor | None) -> Tensor:
+        """``right @ G_n^T``, ``[n, k_right, c_out]``: columns first, since the product over positions is large."""
+        grads = self.grad_outputs.flatten(2)
+        if right is None:
+            ones_below = self.scratch.windows.unfold(self.inputs, self.geometry)
+            if ones_below is None:
+                return self.geometry.unfold(self.inputs) @ grads.transpose(1, 2)
+            both = ones_below @ grads.transpose(1, 2)
+        else:
+            ones_below = self.scratch.shifted(self.inputs, self.geometry, right)
+            if ones_below is None:
+                return self.geometry.convolve(self.inputs, right).flatten(2) @ grads.transpose(1, 2)
+            both = (grads @ ones_below.transpose(1, 2)).transpose(1, 2)  # with few rows the faster way round
+        self._sums = both[:, -1]
+        return both[:, :-1]
+
     def sums(self) -> Tensor:
-        """Output gradients summed over positions, ``[n, c_out]``; already there if the windows were written out."""
+        """Output gradients summed over positions, ``[n, c_out]``; already there if the weight's product had ones."""
         if self._sums is None:
             self._sums = self.grad_outputs.flatten(2).sum(2)
         return self._sums

@@ -70,10 +70,7 @@ class ShiftedConvolution:
 
     def _make(self, inputs: Tensor, geometry: ConvGeometry, k: int) -> None:
         n, c_in, *size = inputs.shape
-        padded = inputs.new_zeros(c_in, n, *(s + 2 * p for s, p in zip(size, geometry.padding, strict=True)))
-        inner = padded
-        for dim, (length, padding) in enumerate(zip(size, geometry.padding, strict=True), start=2):
-            inner = inner.narrow(dim, padding, length)
+        padded, inner = geometry.padded(inputs, c_in, n, *size)
         self._inner, self._padded = inner.transpose(0, 1), padded.view(c_in, -1)
         steps = [d * s for d, s in zip(geometry.dilation, padded.stride()[2:], strict=True)]
         self._offsets = [

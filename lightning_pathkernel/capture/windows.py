@@ -37,6 +37,14 @@ class ConvGeometry:
         windows = self.windows(inputs.contiguous())
         return windows.reshape(inputs.shape[0], inputs.shape[1] * math.prod(self.kernel), -1)
 
+    def padded(self, like: Tensor, first: int, second: int, *size: int) -> tuple[Tensor, Tensor]:
+        """Zeros ``[first, second, *size]`` with the padding around them, and the view of what the padding surrounds."""
+        whole = like.new_zeros(first, second, *(s + 2 * p for s, p in zip(size, self.padding, strict=True)))
+        inner = whole
+        for dim, (length, padding) in enumerate(zip(size, self.padding, strict=True), start=2):
+            inner = inner.narrow(dim, padding, length)
+        return whole, inner
+
     def windows(self, padded: Tensor) -> Tensor:
         """A view of contiguous, padded inputs, ``[n, c_in, *window, *positions]``."""
         steps = padded.stride()[2:]
@@ -81,13 +89,9 @@ class WindowScratch:
         return self._unfolded
 
     def _make(self, inputs: Tensor, geometry: ConvGeometry) -> None:
-        n, c_in, *size = inputs.shape
-        padded = inputs.new_zeros(n, c_in, *(s + 2 * p for s, p in zip(size, geometry.padding, strict=True)))
-        self._inner = padded
-        for dim, (length, padding) in enumerate(zip(size, geometry.padding, strict=True), start=2):
-            self._inner = self._inner.narrow(dim, padding, length)
+        padded, self._inner = geometry.padded(inputs, *inputs.shape)
         self._windows = geometry.windows(padded)
-        self._unfolded = inputs.new_ones(n, _columns(inputs, geometry), math.prod(geometry.output))
+        self._unfolded = inputs.new_ones(inputs.shape[0], _columns(inputs, geometry), math.prod(geometry.output))
         self._inside = self._unfolded[:, :-1].view(self._windows.shape)
 
 
