@@ -23,8 +23,8 @@ from lightning_pathkernel.network import (
     Tensors,
     batch_size,
     detached_copy,
+    in_parts,
     on_device,
-    take_rows,
 )
 from lightning_pathkernel.path import gauss_legendre
 from lightning_pathkernel.progress import Advance, is_shown, progress_bar, style_of
@@ -260,8 +260,8 @@ class PathTotals:
 
     def _chunks(self, x: Any) -> Iterator[Any]:
         """Queries, some at a time, on the network's device."""
-        for start in range(0, max(1, batch_size(x)), self._options.chunk_size):
-            yield on_device(take_rows(x, slice(start, start + self._options.chunk_size)), self.device)
+        for part in in_parts(x, self._options.chunk_size) or [x]:  # of no queries one chunk, which is empty
+            yield on_device(part, self.device)
 
     def _questions(self, x: Any, target: Tensor, output_fn: OutputFn | None = None) -> Iterator[Question]:
         """Queries with their targets, some at a time."""

@@ -64,6 +64,7 @@ class ProbeTracker:
         self._network = network
         self._at_once = rows_at_once(network, probes, _CHUNK)
         self._first = take_rows(probes, slice(LEDGER_PROBES))
+        self._first_parts = in_parts(self._first, self._at_once)
         self._others = in_parts(take_rows(probes, slice(LEDGER_PROBES, None)), self._at_once)
         self._rule = rule
         self._seed = seed
@@ -108,11 +109,10 @@ class ProbeTracker:
         for name, weight in chord.start.items():  # one that was frozen until now begins where it stood
             self._start.setdefault(name, weight)
         before, span = self.account, chord.span()
-        parts = in_parts(self._first, self._at_once)
-        each = [chord_terms(self._network, part, span, self._rule) for part in parts]
+        each = [chord_terms(self._network, part, span, self._rule) for part in self._first_parts]
         found = {name: torch.cat([terms[name] for terms in each]) for name in each[0]}
         terms = {name: before.terms[name] + found.get(name, 0) for name in LEDGER_TERMS}
-        slope = self._slope(parts, chord.start, chord.start_buffers, chord.delta)
+        slope = self._slope(self._first_parts, chord.start, chord.start_buffers, chord.delta)
         others = [self._further(*pair, span) for pair in zip(self._others, before.others, strict=True)]
         return Account(terms, before.left + slope + found["buffers"], others)
 
@@ -160,7 +160,7 @@ class ProbeTracker:
     def _linear(self) -> Tensor:
         """Change of all probes' outputs by the tangent kernel at the initial weights, ``[N, K]``."""
         direction = {name: w - self._start[name] for name, w in self._network.weights().items()}
-        parts = [*in_parts(self._first, self._at_once), *self._others]
+        parts = [*self._first_parts, *self._others]
         return self._slope(parts, self._start, self._start_buffers, direction)
 
     def _slope(self, parts: Sequence[object], weights: Tensors, buffers: Tensors, direction: Tensors) -> Tensor:

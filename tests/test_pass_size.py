@@ -1,4 +1,4 @@
-"""Passes of probes take no more memory than they may, and answers do not depend on their size."""
+"""Passes of probes take no more memory than they may; that answers do not depend on it: tests/test_probes.py."""
 
 from __future__ import annotations
 

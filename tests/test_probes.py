@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_pathkernel import pass_size
 from lightning_pathkernel.capture import plan_capture
 from lightning_pathkernel.chord import Chord
 from lightning_pathkernel.ledger import ERROR_TERMS
@@ -108,6 +109,21 @@ def test_nodes_by_a_tolerance_keep_the_account_right() -> None:
     tracker, machine, probes = followed("momentum, decay", NodeBudget(0.05, 8, 20), 20)
     assert 1 < len(machine.chords) <= 8
     torch.testing.assert_close(tracker.account.prediction(), machine.predict(probes), rtol=1e-3, atol=1e-4)
+
+
+def test_how_many_probes_pass_at_once_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker, machine, probes = followed("adamw", [0, 5, 20], 20)
+    monkeypatch.setattr(pass_size, "_NUMBERS", 1)
+    model = mlp()
+    model.load_state_dict(dict(machine.chords[0].start))
+    other = ProbeTracker(Network(model, plan_capture(model)), probes, gauss_legendre(4), 0)
+    for chord in machine.chords:
+        model.load_state_dict(chord.weights(1.0))
+        other.advance(chord)
+    assert tracker._at_once == 64
+    assert other._at_once == 8
+    torch.testing.assert_close(other.account.prediction(), tracker.account.prediction())
+    assert other.metrics(None) == pytest.approx(tracker.metrics(None), rel=1e-3, abs=1e-5)
 
 
 def test_the_tangent_kernel_stands_still_with_the_network() -> None:

@@ -233,20 +233,18 @@ class TrainingIds:
         return indices + place.offset if place.offset else indices
 
     def _check_rows(self, ids: Tensor, place: Place, part: Any) -> None:
-        count = len(ids)
-        for leaf in tensors_in(part):
-            if leaf.dim() and leaf.shape[0] == count:
-                return
+        if any(leaf.dim() and leaf.shape[0] == len(ids) for leaf in tensors_in(part)):
+            return
         sizes = dict.fromkeys(int(leaf.shape[0]) for leaf in tensors_in(part) if leaf.dim())
         of = f" of the {place.called}" if place.path else ""
         has = f"{' or '.join(map(str, sizes))} rows" if sizes else "no tensor with rows"
         if self._user is None:
             raise IdentityError(
-                f"the loader drew {count} examples, but the batch{of} has {has}: its collate function drops or adds "
+                f"the loader drew {len(ids)} examples, but the batch{of} has {has}: its collate function drops or adds "
                 f"rows. {REMEDY}"
             )
         raise IdentityError(
-            f"example_ids returned {count} ids, but the batch{of} has {has}. Return one id for each row of it."
+            f"example_ids returned {len(ids)} ids, but the batch{of} has {has}. Return one id for each row of it."
         )
 
 

@@ -49,7 +49,7 @@ def random_cotangent(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
 class ProbePasses:
     """Per-example gradients of probes, by parameter, pass by pass.
 
-    A pass keeps inputs and output gradients of all layers: no more rows at once than a training step has.
+    A pass keeps inputs and output gradients of all layers until it is let go of.
 
     Args:
         network: The network.
@@ -69,17 +69,15 @@ class ProbePasses:
     def __len__(self) -> int:
         return len(self._parts)
 
-    def __iter__(self) -> Iterator[dict[str, list[PerExampleGradient]]]:
-        for part in self._parts:
-            blocks: dict[str, list[PerExampleGradient]] = {}
+    def __iter__(self) -> Iterator[Blocks]:
+        return map(self._gradients, self._parts)
 
-            def keep(
-                name: str, gradient: PerExampleGradient, into: dict[str, list[PerExampleGradient]] = blocks
-            ) -> None:
-                into.setdefault(name, []).append(gradient)
-
-            self._network.per_example_gradients(part, self._functional, keep)
-            yield blocks
+    def _gradients(self, part: object) -> Blocks:
+        blocks: dict[str, list[PerExampleGradient]] = {}
+        self._network.per_example_gradients(
+            part, self._functional, lambda name, gradient: blocks.setdefault(name, []).append(gradient)
+        )
+        return blocks
 
 
 def query_features(
@@ -181,7 +179,9 @@ def _queried(
 ) -> dict[str, Samples]:  # fmt: skip
     """Samples of both sides of the probes' gradients, scaled; nothing of a pass but these outlives it."""
     found: dict[str, list[tuple[int, Samples]]] = {}
-    for blocks in passes or ():
+    if passes is None:
+        return {}
+    for blocks in passes:
         for name, scale in scales.items():
             uses = blocks.get(name)
             if uses is None:
@@ -191,9 +191,9 @@ def _queried(
                 samples = scaled_samples(uses, shape, None, generator)
             else:
                 diagonal = preconditioner[name].reshape(shape) / _outer(scale)
-                samples = preconditioned_samples(uses, diagonal, generator, share=1 / len(passes or ()))
+                samples = preconditioned_samples(uses, diagonal, generator, passes=len(passes))
             found.setdefault(name, []).append((uses[0].n, samples))
-        del blocks
+        del blocks, uses
     return {name: _joined(parts) for name, parts in found.items()}
 
 

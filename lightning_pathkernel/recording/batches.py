@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_pathkernel.recording.rows import CarriedRows, RecordedStep, Rows, Sketches, StepRows, features_of
+from lightning_pathkernel.recording.rows import RecordedStep, Rows, Sketches, StepRows, features_of
 
 __all__ = ["VisitBatch", "batches"]
 
@@ -72,9 +72,9 @@ def batches(steps: Sequence[RecordedStep], sketches: Sketches) -> Iterator[Visit
     layout: object = None
     for index, step in enumerate(steps):
         for part in step.parts:
-            own = (type(part), part.layout) if isinstance(part, StepRows | CarriedRows) else None
             full = run and (len(run) + 1) * len(part.ids) * width > _NUMBERS
-            if run and (own is None or own != layout or full):
+            own = part.layout
+            if run and (own != layout or full):
                 yield _batch(run, steps, sketches)
                 run = []
             run.append((index, part))

@@ -39,6 +39,11 @@ class Rows(Protocol):
         """Training examples, ``[n]``."""
         ...
 
+    @property
+    def layout(self) -> object:
+        """What the rows of several steps must have in common to be taken together."""
+        ...
+
     def features(self, sketches: Sketches) -> Tensor:
         """All features, ``[n, F]``; 0 for parameters that were not reached."""
         ...

@@ -8,7 +8,6 @@ preconditioner that is not of rank one has gradients formed whole.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -94,7 +93,7 @@ def _outer_samples(factors: tuple[Tensor, Tensor | None], scale: tuple[Tensor, T
 
 def preconditioned_samples(
     uses: Sequence[PerExampleGradient], diagonal: Tensor, generator: torch.Generator, examples: int = _EXAMPLES,
-    share: float = 1.0,
+    passes: int = 1,
 ) -> Samples:  # fmt: skip
     """Samples of ``diagonal [r, c] . G``.
 
@@ -103,7 +102,7 @@ def preconditioned_samples(
         diagonal: What every gradient is multiplied with, elementwise.
         generator: Private source of randomness, on the CPU.
         examples: Most examples that are looked at; fewer where gradients have to be formed whole and are large.
-        share: Of these fewer, how many are looked at here, where samples are put together from several passes.
+        passes: Of so many, whose samples are put together, this is one: the fewer are shared out over them.
 
     Returns:
         The samples.
@@ -117,7 +116,7 @@ def preconditioned_samples(
         columns = ((left.unsqueeze(1) * by_rows) @ diagonal) * right.unsqueeze(1)
         rows = ((right.unsqueeze(1) * by_columns) @ diagonal.T) * left.unsqueeze(1)
     else:
-        some = _some(uses, min(examples, math.ceil(share * max(8, _DENSE_NUMBERS // diagonal.numel()))))
+        some = _some(uses, min(examples, -(-max(8, _DENSE_NUMBERS // diagonal.numel()) // passes)))
         whole = _added([use.dense() for use in some]) * diagonal
         columns, rows = by_rows @ whole, (whole @ by_columns.T).transpose(1, 2)
     share = len(columns) ** -0.5
