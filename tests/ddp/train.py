@@ -161,3 +161,5 @@ if __name__ == "__main__":
     for between, each in groupby(sys.argv[1:], lambda argument: argument == "+"):
         if not between:
             fit(list(each))
+    if torch.distributed.is_initialized():  # Lightning leaves gloo's threads to the interpreter's end, which may abort
+        torch.distributed.destroy_process_group()
